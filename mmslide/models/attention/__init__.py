@@ -1,0 +1,7 @@
+"""Token mixers: each takes a channels-last map (B, H, W, C) and returns one of the same shape."""
+
+from .slide import SlideAttention
+from .subsampled import SubsampledAttention
+from .window import WindowAttention
+
+__all__ = ['SlideAttention', 'SubsampledAttention', 'WindowAttention']

@@ -1,0 +1,105 @@
+import torch
+import torch.nn.functional as F
+from mmengine.model import BaseModule
+from mmengine.model.weight_init import trunc_normal_
+from torch import Tensor, nn
+
+
+class WindowAttention(BaseModule):
+    """Attention in (shifted) windows with a relative position bias: Swin (ICCV 2021, arXiv 2103.14030, section 3.2).
+
+    A window that covers both axes of the map is neither shifted nor padded. Every other map is padded with zeros at its
+    right and bottom to a multiple of the window; the padding is not masked, as in the host.
+
+    Args:
+        embed_dims: C of the map (B, H, W, C), divisible by num_heads.
+        window_size: side of a window in pixels of the map.
+        shift_size: by how many pixels the windows are shifted; 0 for no shift.
+        attn_drop_rate: dropout of the attention weights.
+        proj_drop_rate: dropout of the output.
+
+    Raises:
+        ValueError: embed_dims is not divisible by num_heads, or shift_size is not in [0, window_size).
+    """
+
+    relative_position_index: Tensor
+
+    def __init__(
+        self,
+        embed_dims: int,
+        num_heads: int,
+        window_size: int,
+        shift_size: int = 0,
+        qkv_bias: bool = True,
+        attn_drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        init_cfg: dict | list[dict] | None = None,
+    ) -> None:
+        super().__init__(init_cfg)
+        if embed_dims % num_heads:
+            raise ValueError(f'embed_dims must be divisible by num_heads, got {embed_dims=}, {num_heads=}')
+        if not 0 <= shift_size < window_size:
+            raise ValueError(f'shift_size must be in [0, window_size), got {shift_size=}, {window_size=}')
+        self.num_heads = num_heads
+        self.window_size = window_size
+        self.shift_size = shift_size
+        self.attn_drop_rate = attn_drop_rate
+        self.qkv = nn.Linear(embed_dims, 3 * embed_dims, bias=qkv_bias)
+        self.proj = nn.Linear(embed_dims, embed_dims)
+        self.proj_drop = nn.Dropout(proj_drop_rate)
+        self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * window_size - 1) ** 2, num_heads))
+        trunc_normal_(self.relative_position_bias_table, std=0.02)
+        offset = torch.arange(window_size)
+        distance = offset[:, None] - offset[None, :] + window_size - 1  # query minus key, from 0
+        index = distance[:, None, :, None] * (2 * window_size - 1) + distance[None, :, None, :]
+        self.register_buffer('relative_position_index', index, persistent=False)  # (query y, query x, key y, key x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[1:3]
+        if height <= self.window_size and width <= self.window_size:
+            return self.proj_drop(self.proj(self._attend(x, self._bias(height, width))))
+
+        size, shift = self.window_size, self.shift_size
+        x = F.pad(x, (0, 0, 0, -width % size, 0, -height % size))
+        batch, rows, columns = x.shape[0], x.shape[1] // size, x.shape[2] // size
+        bias = self._bias(size, size)
+        if shift:
+            x = x.roll((-shift, -shift), dims=(1, 2))
+            # (windows, 1, pixels, pixels) and (heads, pixels, pixels)
+            bias = (bias + self._shift_mask(rows, columns, x).unsqueeze(1)).repeat(batch, 1, 1, 1)
+        windows = x.unflatten(2, (columns, size)).unflatten(1, (rows, size)).transpose(2, 3).flatten(0, 2)
+        out = (
+            self._attend(windows, bias).unflatten(0, (batch, rows, columns)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+        )
+        if shift:
+            out = out.roll((shift, shift), dims=(1, 2))
+        return self.proj_drop(self.proj(out[:, :height, :width]))
+
+    def _attend(self, windows: Tensor, bias: Tensor) -> Tensor:
+        """Attention among all pixels of each map of (windows, h, w, C)."""
+        count, height, width, channels = windows.shape
+        qkv = self.qkv(windows).view(count, height * width, 3, self.num_heads, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        dropout_p = self.attn_drop_rate if self.training else 0.0
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), dropout_p=dropout_p)
+        return out.transpose(1, 2).reshape(count, height, width, channels)
+
+    def _bias(self, height: int, width: int) -> Tensor:
+        """The relative position bias among the pixels of an h×w map inside one window: (heads, h·w, h·w)."""
+        index = self.relative_position_index[:height, :width, :height, :width].flatten(2).flatten(0, 1)
+        return self.relative_position_bias_table[index].permute(2, 0, 1)
+
+    def _shift_mask(self, rows: int, columns: int, x: Tensor) -> Tensor:
+        """-100 between pixels that the roll brought into one window from two ends of the map: (windows, n, n)."""
+        size, shift = self.window_size, self.shift_size
+
+        def region(count: int) -> Tensor:
+            """0 in all windows of an axis but the last, there 1 before the seam and 2 behind it: (count, size)."""
+            position = torch.arange(count * size, device=x.device)
+            return ((position >= (count - 1) * size).long() + (position >= count * size - shift).long()).view(
+                count, size
+            )
+
+        region_y, region_x = region(rows), region(columns)
+        ids = (region_y[:, None, :, None] * 3 + region_x[None, :, None, :]).flatten(2).flatten(0, 1)
+        return torch.zeros(1, dtype=x.dtype, device=x.device).where(ids[:, :, None] == ids[:, None, :], -100.0)

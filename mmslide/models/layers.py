@@ -1,0 +1,70 @@
+import torch.nn.functional as F
+from mmcv.cnn import build_norm_layer
+from mmcv.cnn.bricks import DropPath
+from mmcv.cnn.bricks.transformer import FFN
+from mmcv.cnn.bricks.transformer import PatchEmbed as MMCVPatchEmbed
+from mmengine.model import BaseModule
+from torch import Tensor, nn
+
+
+class PatchEmbed(MMCVPatchEmbed):
+    """mmcv's patch embedding from a channels-last map (B, H, W, C) to (B, H', W', embed_dims)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens, size = super().forward(x.permute(0, 3, 1, 2))
+        return tokens.unflatten(1, size)
+
+
+class PatchMerging(BaseModule):
+    """Swin's downsampling (arXiv 2103.14030, section 3.1): (B, H, W, C) to (B, ⌈H/2⌉, ⌈W/2⌉, out_channels).
+
+    The four pixels of a patch are concatenated column by column, as the authors do. Odd sides are padded with zeros.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, norm_cfg: dict = dict(type='LN')) -> None:
+        super().__init__()
+        self.norm = build_norm_layer(norm_cfg, 4 * in_channels)[1]
+        self.reduction = nn.Linear(4 * in_channels, out_channels, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
+        # (B, H/2, row, W/2, column, C) to (B, H/2, W/2, column, row, C)
+        patches = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).permute(0, 1, 3, 4, 2, 5).flatten(3)
+        return self.reduction(self.norm(patches))
+
+
+class Block(BaseModule):
+    """A pre-norm transformer block around a token mixer: (B, H, W, C) to the same.
+
+    Args:
+        mixer: attention on (B, H, W, C).
+        mlp_ratio: hidden over outer channels of the MLP.
+        drop_rate: dropout in the MLP.
+        drop_path_rate: probability with which each of the two branches is dropped, drawn once a branch and image.
+    """
+
+    def __init__(
+        self,
+        mixer: nn.Module,
+        embed_dims: int,
+        mlp_ratio: float,
+        drop_rate: float,
+        drop_path_rate: float,
+        norm_cfg: dict,
+    ) -> None:
+        super().__init__()
+        self.norm1 = build_norm_layer(norm_cfg, embed_dims)[1]
+        self.attn = mixer
+        self.drop_path = DropPath(drop_path_rate)
+        self.norm2 = build_norm_layer(norm_cfg, embed_dims)[1]
+        self.ffn = FFN(
+            embed_dims,
+            round(mlp_ratio * embed_dims),
+            act_cfg=dict(type='GELU'),
+            ffn_drop=drop_rate,
+            dropout_layer=dict(type='DropPath', drop_prob=drop_path_rate),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        return self.ffn(self.norm2(x), identity=x)

@@ -1,0 +1,94 @@
+import torch
+from torch import Tensor
+
+from .conv import conv
+from .reference import reference
+from .tapwise import tapwise, without_autocast
+
+BACKENDS = {'conv': conv, 'reference': reference, 'tapwise': tapwise}
+
+
+def slide_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    rpb: Tensor,
+    *,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    backend: str | None = None,
+) -> Tensor:
+    """Slide Attention (CVPR 2023, arXiv 2304.04237, section 4): each pixel attends to its k×k deformed neighbours.
+
+    K_j(p) = Σ_t weight[c, j, t] · k[c, p + t] + bias[c, j] for slot j, V_j likewise from v, and::
+
+        out = Σ_j softmax_j(scale · Σ_c q[c] · (K_j[c] + rpb[head, j])) · V_j
+
+    Taps outside the map are zeros and take part in the softmax.
+
+    Args:
+        q, k, v: (B, H, W, heads, d), one floating-point dtype.
+        weight: (d, k², k, k), slot then tap, merged over the fixed shift and the learned path, shared by all heads and
+            by K and V; float32 (or float64) whatever q is, since a half-precision sum loses a small learned part.
+        bias: (d, k²), dtype of weight.
+        rpb: (heads, k²), added to K, dtype of weight.
+        scale: multiplies the logits; None is d ** -0.5.
+        dropout_p: probability with which an attention weight is zeroed, as in `scaled_dot_product_attention`.
+        backend: 'tapwise' (extra memory of the inputs' size at most, forward and backward), 'conv' (no loop in Python:
+            for tracing and export; stores K and V k² times), 'reference' (likewise; reads like the equation). None
+            takes 'conv' on the meta device and 'tapwise' everywhere else.
+
+    Returns:
+        (B, H, W, heads, d), dtype of q. The arithmetic is done in the wider one of q's and weight's dtypes, under
+        autocast too.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit together, or the backend is unknown.
+    """
+    _check(q, k, v, weight, bias, rpb, dropout_p)
+    if backend is None:
+        backend = 'conv' if q.is_meta else 'tapwise'
+    if backend not in BACKENDS:
+        raise ValueError(f'backend must be one of {sorted(BACKENDS)} or None, got {backend=}')
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
+
+    dtype = torch.promote_types(q.dtype, weight.dtype)
+    dropout_mask = None
+    if dropout_p > 0:
+        keep = torch.rand(*q.shape[:-1], weight.shape[1], device=q.device) >= dropout_p
+        dropout_mask = keep.to(dtype) / (1 - dropout_p)
+    maps = (q, k, v) if backend == 'tapwise' else (q.to(dtype), k.to(dtype), v.to(dtype))  # tapwise widens by blocks
+    with without_autocast(q):
+        parameters = (weight.to(dtype), bias.to(dtype), rpb.to(dtype))
+        return BACKENDS[backend](*maps, *parameters, scale, dropout_mask).to(q.dtype)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, bias: Tensor, rpb: Tensor, dropout_p: float) -> None:
+    if q.ndim != 5 or k.shape != q.shape or v.shape != q.shape:
+        raise ValueError(
+            'q, k and v must all be (B, H, W, heads, d), got '
+            f'q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}'
+        )
+    heads, head_dims = q.shape[-2:]
+    kernel_size = weight.shape[-1]
+    slots = kernel_size**2
+    if kernel_size % 2 == 0 or weight.shape != (head_dims, slots, kernel_size, kernel_size):
+        raise ValueError(
+            f'weight must be (d, k², k, k) with d = {head_dims} as in q and k odd, got {tuple(weight.shape)}'
+        )
+    if bias.shape != (head_dims, slots):
+        raise ValueError(f'bias must be (d, k²) = {(head_dims, slots)}, got {tuple(bias.shape)}')
+    if rpb.shape != (heads, slots):
+        raise ValueError(f'rpb must be (heads, k²) = {(heads, slots)}, got {tuple(rpb.shape)}')
+    if not q.is_floating_point() or k.dtype != q.dtype or v.dtype != q.dtype:
+        raise ValueError(f'q, k and v must share one floating-point dtype, got {q.dtype}, {k.dtype}, {v.dtype}')
+    if weight.dtype not in (torch.float32, torch.float64) or bias.dtype != weight.dtype or rpb.dtype != weight.dtype:
+        raise ValueError(
+            'weight, bias and rpb must all be float32 (or all float64): merge the shift and the learned kernels before '
+            f'any rounding; got {weight.dtype}, {bias.dtype}, {rpb.dtype}'
+        )
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f'dropout_p must be in [0, 1), got {dropout_p=}')

@@ -1,0 +1,167 @@
+"""Key layouts of checkpoints in the wild, each turned into ours by a pure function on a state dict.
+
+Buffers that the model computes anew are left out. Every other key that a layout's rules do not name (a classifier's,
+say) is passed through unchanged, so that the loader can report it.
+"""
+
+import re
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+StateDict = dict[str, Tensor]
+Rules = list[tuple[str, str]]
+
+MLP: Rules = [(r'\.mlp\.fc1\.', '.ffn.layers.0.0.'), (r'\.mlp\.fc2\.', '.ffn.layers.1.')]
+SWIN: Rules = [
+    (r'^patch_embed\.proj\.', 'stages.0.embed.projection.'),
+    (r'^patch_embed\.norm\.', 'stages.0.embed.norm.'),
+]
+COMPUTED = ('relative_position_index', 'attn_mask', 'dep_conv.weight')
+
+
+def to_ours(state: StateDict) -> tuple[str, StateDict]:
+    """Recognises the layout from the keys: its name and the state dict in our layout.
+
+    Raises:
+        ValueError: no layout has such keys.
+    """
+    for name, (pattern, convert) in LAYOUTS.items():
+        if any(re.search(pattern, key) for key in state):
+            return name, convert(state)
+    raise ValueError(
+        f'the checkpoint has none of the layouts {list(LAYOUTS)}; its {len(state)} keys begin with {list(state)[:3]}'
+    )
+
+
+def _rename(state: StateDict, rules: Rules) -> StateDict:
+    renamed = {}
+    for key, value in state.items():
+        for pattern, replacement in rules:
+            key = re.sub(pattern, replacement, key)
+        renamed[key] = value
+    return renamed
+
+
+def _ours(state: StateDict) -> StateDict:
+    return dict(state)
+
+
+def _swin(state: StateDict) -> StateDict:
+    """The authors' Swin: https://github.com/microsoft/Swin-Transformer."""
+    kept = {key: value for key, value in state.items() if not key.endswith(COMPUTED)}
+    # A stage's downsampling ends it there, and begins the next one here.
+    moved = {
+        re.sub(r'^layers\.(\d+)\.downsample\.', lambda match: f'stages.{int(match[1]) + 1}.embed.', key): value
+        for key, value in kept.items()
+    }
+    return _rename(moved, [*SWIN, (r'^layers\.(\d+)\.blocks\.', r'stages.\1.blocks.'), *MLP])
+
+
+def _slide_swin(state: StateDict) -> StateDict:
+    """The authors' Slide-Swin: Swin's keys, with Slide Attention in some blocks."""
+    out = dict(state)
+    for key in state:
+        if key.endswith('.attn.dep_conv1.weight'):
+            prefix = key.removesuffix('dep_conv1.weight')
+            block = {name.removeprefix(prefix): out.pop(name) for name in state if name.startswith(prefix)}
+            out.update({prefix + name: value for name, value in slide_attention(block).items()})
+    return _swin(out)
+
+
+def slide_attention(state: StateDict) -> StateDict:
+    """One Slide Attention module from the authors' layout, whose qkv channels are ordered (head, [q, k, v], d).
+
+    Raises:
+        ValueError: the fixed shift kernels are not the shift.
+    """
+    weight, table = state['dep_conv1.weight'], state['relative_position_bias_table']
+    kernel_size, heads = weight.shape[-1], table.shape[1]
+    slots = kernel_size**2
+    shift = state.get('dep_conv.weight')
+    if shift is not None and not (shift.view(-1, slots, slots) == torch.eye(slots, device=shift.device)).all():
+        raise ValueError('dep_conv.weight must be the fixed shift: for each channel one tap a slot, in row-major order')
+    out = {
+        # Depthwise with groups: channel c owns the outputs c·k² to c·k² + k² - 1.
+        'deform_weight': weight.view(-1, slots, kernel_size, kernel_size),
+        'deform_bias': state['dep_conv1.bias'].view(-1, slots),
+        'shift_bias': state['dep_conv.bias'].view(-1, slots),
+        'relative_position_bias': table.view(heads, slots),
+    }
+    for name, value in state.items():
+        if name.startswith('qkv.'):
+            out[name] = value.unflatten(0, (heads, 3, -1)).transpose(0, 1).flatten(0, 2)
+        elif name.startswith('proj.'):
+            out[name] = value
+    return out
+
+
+def _mmdet_swin(state: StateDict) -> StateDict:
+    out = {}
+    for key, value in state.items():
+        match = re.match(r'stages\.(\d+)\.downsample\.(.*)', key)
+        if match:
+            key = f'stages.{int(match[1]) + 1}.embed.{match[2]}'
+            # Its merged channels are ordered (C, row, column), the authors' and ours (column, row, C).
+            value = value.unflatten(-1, (-1, 2, 2)).transpose(-1, -3).flatten(-3)
+        out[key] = value
+    rules = [
+        (r'^patch_embed\.', 'stages.0.embed.'),
+        (r'\.attn\.w_msa\.', '.attn.'),
+        (r'^norm(\d)\.', r'stages.\1.norm.'),
+    ]
+    return _rename({key: value for key, value in out.items() if not key.endswith(COMPUTED)}, rules)
+
+
+def _pvt(state: StateDict) -> StateDict:
+    """The authors' PVT: https://github.com/whai362/PVT, stages from 1."""
+    renamed = _rename(state, [(r'^(patch_embed\d)\.proj\.', r'\1.projection.'), *MLP])
+    return {
+        re.sub(r'^(patch_embed|pos_embed|block|norm)([1-4])(\.|$)', _pvt_stage, key): value
+        for key, value in renamed.items()
+    }
+
+
+def _pvt_stage(match: re.Match[str]) -> str:
+    stage = f'stages.{int(match[2]) - 1}.'
+    inner = {'patch_embed': 'embed.', 'pos_embed': 'embed.position_embedding', 'block': 'blocks.', 'norm': 'norm.'}
+    return stage + inner[match[1]]
+
+
+def _mmdet_pvt(state: StateDict) -> StateDict:
+    out = {}
+    for key, value in state.items():
+        match = re.match(r'layers\.(\d+)\.1\.(\d+)\.(.*)', key)
+        if match and match[3] != 'pos_embed':
+            # The list of blocks begins with the position embedding.
+            first = int(f'layers.{match[1]}.1.0.pos_embed' in state)
+            key = f'stages.{match[1]}.blocks.{int(match[2]) - first}.{match[3]}'
+            if '.ffn.' in key:
+                value = value.flatten(1) if value.ndim == 4 else value  # 1×1 convolutions
+            if '.in_proj_' in key:
+                dims = len(value) // 3
+                stem, part = key.split('attn.in_proj_')
+                out[f'{stem}q.{part}'], out[f'{stem}kv.{part}'] = value[:dims], value[dims:]
+                continue
+        out[key] = value
+    rules = [
+        (r'^layers\.(\d+)\.0\.', r'stages.\1.embed.'),
+        (r'^layers\.(\d+)\.1\.0\.pos_embed$', r'stages.\1.embed.position_embedding'),
+        (r'^layers\.(\d+)\.2\.', r'stages.\1.norm.'),
+        (r'\.attn\.attn\.out_proj\.', '.attn.proj.'),
+        (r'\.ffn\.layers\.0\.', '.ffn.layers.0.0.'),
+        (r'\.ffn\.layers\.3\.', '.ffn.layers.1.'),
+    ]
+    return _rename(out, rules)
+
+
+# name: (a key that only this layout has, conversion); the first that fits is taken
+LAYOUTS: dict[str, tuple[str, Callable[[StateDict], StateDict]]] = {
+    'mmslide': (r'^stages\.\d+\.embed\.', _ours),
+    "authors' Slide-Swin": (r'\.attn\.dep_conv1\.weight$', _slide_swin),
+    'mmdet Swin': (r'^stages\.\d+\.blocks\.\d+\.attn\.w_msa\.qkv\.weight$', _mmdet_swin),
+    "authors' Swin": (r'^layers\.\d+\.blocks\.\d+\.attn\.qkv\.weight$', _swin),
+    'mmdet PVT': (r'^layers\.\d+\.1\.0\.pos_embed$', _mmdet_pvt),
+    "authors' PVT": (r'^pos_embed1$', _pvt),
+}

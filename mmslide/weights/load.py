@@ -1,0 +1,162 @@
+import argparse
+import io
+import pickle
+import re
+from collections import Counter, OrderedDict
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from mmengine.logging import MMLogger
+from mmengine.runner.checkpoint import CheckpointLoader
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from .layouts import StateDict, to_ours
+
+# What a host's weights cannot have: Slide Attention's own parameters, which start as plain local attention, and the
+# norms of a backbone's outputs.
+OPTIONAL = re.compile(r'\.(shift_bias|deform_weight|deform_bias|relative_position_bias)$|^stages\.\d+\.norm\.')
+
+
+def load_pretrained(model: nn.Module, checkpoint: str, prefix: str | None = None, map_location: Any = 'cpu') -> None:
+    """Starts a backbone from a checkpoint of any layout in `mmslide.weights.layouts`.
+
+    Position embeddings and relative position bias tables are resized. What was missing, unexpected or resized is logged
+    as one table.
+
+    Args:
+        model: one of our backbones.
+        checkpoint: a file or URL; the state dict may lie under 'state_dict' or 'model', its keys may begin with
+            'module.' or 'backbone.'.
+        prefix: takes only the keys that begin with it. None finds 'backbone.' by itself.
+
+    Raises:
+        ValueError: the file cannot be read, holds something else, or its shapes do not fit the model.
+    """
+    layout, state = to_ours(_strip(read_state_dict(checkpoint, map_location), prefix, checkpoint))
+    target = model.state_dict()
+    state, resized = _fit(state, target)
+
+    missing = [key for key in target if key not in state]
+    unexpected = [key for key in state if key not in target]
+    essential = [key for key in target if not OPTIONAL.search(key)]
+    absent = [key for key in essential if key in missing]
+    wrong = [
+        f'{key} {tuple(state[key].shape)} instead of {tuple(target[key].shape)}'
+        for key in target
+        if key in state and state[key].shape != target[key].shape
+    ]
+    if wrong or len(absent) > len(essential) // 2:
+        problem = (
+            f'{len(wrong)} shapes differ: {"; ".join(wrong[:3])}'
+            if wrong
+            else f'it lacks {len(absent)} of {len(essential)} parameters, {absent[:3]} among them'
+        )
+        raise ValueError(
+            f'{checkpoint} ({layout} layout) does not fit this {type(model).__name__}: {problem}. '
+            'Check the arch and the host of the checkpoint.'
+        )
+    model.load_state_dict(state, strict=False)
+    _report(f'pretrained weights of {checkpoint}, {layout} layout', missing, unexpected, resized, alarming=bool(absent))
+
+
+def read_state_dict(checkpoint: str, map_location: Any = 'cpu') -> StateDict:
+    """The tensors of a checkpoint file or URL, out of their wrappers.
+
+    Raises:
+        ValueError: the file cannot be read in torch's sandbox, or holds no state dict.
+    """
+    # What the authors' training scripts keep beside the weights; read as plain containers, here only.
+    harmless: list = [(OrderedDict, 'yacs.config.CfgNode'), (argparse.Namespace, 'argparse.Namespace')]
+    try:
+        with torch.serialization.safe_globals(harmless):
+            # torch.load inside, with weights_only=True as its default.
+            content = CheckpointLoader.load_checkpoint(checkpoint, map_location=map_location)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError) as error:
+        raise ValueError(
+            f'{checkpoint} is not a readable checkpoint (damaged, or more than weights): {error}'
+        ) from error
+    for wrapper in ('state_dict', 'model'):
+        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
+            content = content[wrapper]
+    if not isinstance(content, dict) or not any(isinstance(x, Tensor) for x in content.values()):
+        raise ValueError(f'{checkpoint} holds no state dict, but {type(content).__name__}')
+    return {key: value for key, value in content.items() if isinstance(value, Tensor)}
+
+
+def _strip(state: StateDict, prefix: str | None, checkpoint: str) -> StateDict:
+    if any(key.startswith('module.') for key in state):
+        state = {key.removeprefix('module.'): value for key, value in state.items()}
+    if prefix is None:
+        prefix = 'backbone.' if any(key.startswith('backbone.') for key in state) else ''
+    elif prefix and not prefix.endswith('.'):
+        prefix += '.'
+    stripped = {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
+    if not stripped:
+        raise ValueError(f'no key of {checkpoint} begins with {prefix=}; the first ones are {list(state)[:3]}')
+    return stripped
+
+
+def _fit(state: StateDict, target: StateDict) -> tuple[StateDict, list[str]]:
+    """Brings a state dict in our layout to the shapes of one model: joins q and kv, resizes maps and tables."""
+    state, resized = dict(state), []
+    for key, wanted in target.items():
+        split = key.replace('.attn.qkv.', '.attn.q.'), key.replace('.attn.qkv.', '.attn.kv.')
+        if key not in state and split[0] in state and split[1] in state:
+            state[key] = torch.cat([state.pop(part) for part in split])
+        value = state.get(key)
+        if value is None:
+            continue
+        fitted = value
+        if key.endswith('position_embedding'):
+            fitted = _fit_map(value, wanted)
+        elif key.endswith('relative_position_bias_table') and value.shape[1:] == wanted.shape[1:]:
+            fitted = _resize_table(value, len(wanted))
+        if fitted.numel() != value.numel():
+            resized.append(f'{key} {tuple(value.shape)} to {tuple(fitted.shape)}')
+        state[key] = fitted
+    return state, resized
+
+
+def _fit_map(value: Tensor, wanted: Tensor) -> Tensor:
+    """A position embedding (1, N, C) or (1, h, w, C) as (1, H, W, C) of the model; a class token is dropped."""
+    height, width, channels = wanted.shape[1:]
+    if value.shape[-1] != channels:
+        return value
+    if value.ndim == 3:
+        count = value.shape[1]
+        side = int(count**0.5)
+        size = (height, width) if count in (height * width, height * width + 1) else (side, side)
+        value = value[:, count - size[0] * size[1] :].unflatten(1, size)
+    if value.shape == wanted.shape:
+        return value
+    resized = F.interpolate(value.permute(0, 3, 1, 2), size=(height, width), mode='bilinear')
+    return resized.permute(0, 2, 3, 1)
+
+
+def _resize_table(value: Tensor, count: int) -> Tensor:
+    """A relative position bias table ((2w - 1)², heads) for another window."""
+    old, new = int(len(value) ** 0.5), int(count**0.5)
+    if old == new:
+        return value
+    table = F.interpolate(value.t().unflatten(1, (old, old)).unsqueeze(0), size=(new, new), mode='bicubic')
+    return table[0].flatten(1).t()
+
+
+def _report(title: str, missing: list[str], unexpected: list[str], resized: list[str], alarming: bool) -> None:
+    """One row for all keys that differ in stage and block numbers only."""
+    table = Table()
+    for column in ('', 'keys', 'number'):
+        table.add_column(column)
+    groups = {'missing, own initial value': missing, 'unexpected, not used': unexpected, 'resized': resized}
+    for what, keys in groups.items():
+        for pattern, count in Counter(re.sub(r'(stages|blocks|layers)\.\d+', r'\1.*', key) for key in keys).items():
+            table.add_row(what, pattern, str(count))
+    if not table.row_count:
+        table.add_row('all keys match', '', '')
+    text = io.StringIO()
+    Console(file=text, width=140).print(table)
+    logger = MMLogger.get_current_instance()
+    (logger.warning if alarming else logger.info)('%s\n%s', title, text.getvalue())

@@ -1,0 +1,18 @@
+import os
+
+os.environ.setdefault('OMP_NUM_THREADS', '1')  # tests run side by side; their tensors are small
+
+import pytest
+import torch
+
+import mmslide  # noqa: F401
+
+
+@pytest.fixture(autouse=True)
+def deterministic():
+    """Random numbers from one seed, and NaN where a test reads memory that nothing has written."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)

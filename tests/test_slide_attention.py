@@ -1,0 +1,255 @@
+import json
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from helpers import GOLDEN, golden_state, randomize, relative_error
+
+from mmslide.models.attention import SlideAttention
+from mmslide.ops import slide_attention, tapwise
+from mmslide.weights import layouts
+
+NAMES = ('q', 'k', 'v', 'weight', 'bias', 'rpb')
+SHAPES = [  # batch, height, width, heads, head size, kernel size
+    (2, 1, 1, 2, 8, 3),
+    (1, 1, 7, 1, 5, 5),
+    (2, 13, 17, 3, 16, 3),
+    (1, 13, 17, 2, 7, 7),
+    (1, 63, 40, 1, 32, 3),
+    (1, 63, 40, 2, 4, 5),
+]
+
+
+def arguments(batch, height, width, heads, head_dims, kernel_size, dtype=torch.float64):
+    slots = kernel_size**2
+    shapes = [(batch, height, width, heads, head_dims)] * 3
+    shapes += [(head_dims, slots, kernel_size, kernel_size), (head_dims, slots), (heads, slots)]
+    return [torch.randn(shape, dtype=torch.float64).to(dtype).requires_grad_() for shape in shapes]
+
+
+def run(args, grad, **kwargs):
+    out = slide_attention(*args, **kwargs)
+    return out, *torch.autograd.grad(out, args, grad.to(out.dtype))
+
+
+def test_reference_equals_the_sum_over_single_pixels():
+    """The equation once more with plain loops, so that the reference itself is held against something."""
+    q, k, v, weight, bias, rpb = (x.detach() for x in arguments(1, 3, 4, 2, 3, 3))
+    out = slide_attention(q, k, v, weight, bias, rpb, scale=0.7, backend='reference')
+    for y, x, head in [(0, 0, 0), (1, 2, 1), (2, 3, 0)]:
+        keys, values = bias.clone(), bias.clone()  # (d, k²)
+        for tap in range(9):
+            i, j = y + tap // 3 - 1, x + tap % 3 - 1
+            if 0 <= i < 3 and 0 <= j < 4:
+                keys += weight[:, :, tap // 3, tap % 3] * k[0, i, j, head, :, None]
+                values += weight[:, :, tap // 3, tap % 3] * v[0, i, j, head, :, None]
+        logits = 0.7 * (q[0, y, x, head, :, None] * (keys + rpb[head])).sum(0)
+        assert relative_error(out[0, y, x, head], values @ logits.softmax(0)) < 1e-12
+
+
+@pytest.mark.parametrize('shape', SHAPES, ids=str)
+@pytest.mark.parametrize('backend', ['conv', 'tapwise'])
+def test_output_and_gradients_agree_with_the_reference(backend, shape):
+    args = arguments(*shape)
+    grad = torch.randn(shape[:5], dtype=torch.float64)
+    reference = run(args, grad, backend='reference')
+    for name, value, wanted in zip(('out', *NAMES), run(args, grad, backend=backend), reference, strict=True):
+        assert relative_error(value, wanted) < 1e-12, name
+    single = [x.detach().float().requires_grad_() for x in args]
+    for name, value, wanted in zip(('out', *NAMES), run(single, grad, backend=backend), reference, strict=True):
+        assert value.dtype == torch.float32
+        assert relative_error(value, wanted) < 1e-5, name
+
+
+@pytest.mark.parametrize('backend', ['conv', 'tapwise', 'reference'])
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_half_precision_maps_with_float32_kernels(backend, dtype):
+    """Only the inputs and the result are rounded, so the error is that of one rounding of the result."""
+    args = arguments(2, 13, 17, 2, 16, 3, dtype=torch.float32)
+    args[:3] = [x.detach().to(dtype).requires_grad_() for x in args[:3]]
+    grad = torch.randn(2, 13, 17, 2, 16).to(dtype)
+    reference = run([x.detach().double().requires_grad_() for x in args], grad.double(), backend='reference')
+    epsilon = torch.finfo(dtype).eps
+    for name, value, wanted in zip(('out', *NAMES), run(args, grad, backend=backend), reference, strict=True):
+        assert value.dtype == (torch.float32 if name in NAMES[3:] else dtype)
+        assert relative_error(value, wanted) < epsilon, name
+
+
+@pytest.mark.parametrize('backend', ['conv', 'tapwise'])
+def test_autocast_does_not_round_inside(backend):
+    args = arguments(1, 9, 11, 2, 8, 3, dtype=torch.float32)
+    grad = torch.randn(1, 9, 11, 2, 8)
+    plain = run(args, grad, backend=backend)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        out = slide_attention(*args, backend=backend)
+    for value, wanted in zip((out, *torch.autograd.grad(out, args, grad)), plain, strict=True):
+        assert torch.equal(value, wanted)
+
+
+@pytest.mark.parametrize('backend', ['conv', 'tapwise'])
+def test_dropout_drops_the_same_weights_in_every_backend(backend):
+    args = arguments(1, 6, 5, 2, 4, 3)
+    grad = torch.randn(1, 6, 5, 2, 4, dtype=torch.float64)
+    results = []
+    for name in ('reference', backend):
+        torch.manual_seed(1)
+        results.append(run(args, grad, dropout_p=0.4, backend=name))
+    for value, wanted in zip(results[1], results[0], strict=True):
+        assert relative_error(value, wanted) < 1e-12
+    assert relative_error(results[0][0], slide_attention(*args)) > 1e-2
+
+
+def test_strided_maps_and_an_explicit_scale():
+    """q, k and v as a module cuts them out of one tensor."""
+    _, _, _, *parameters = arguments(2, 7, 6, 3, 8, 3)
+    q, k, v = torch.randn(2, 7, 6, 3, 3, 8, dtype=torch.float64).unbind(3)
+    for scale in (None, 0.3):
+        out = slide_attention(q, k, v, *parameters, scale=scale)
+        wanted = slide_attention(q, k, v, *parameters, scale=scale or 8**-0.5, backend='reference')
+        assert relative_error(out, wanted) < 1e-12
+
+
+def test_tapwise_keeps_the_inputs_only_and_never_makes_a_large_tensor():
+    args = arguments(1, 64, 48, 2, 32, 3, dtype=torch.float32)
+    sizes, saved = [], []
+
+    class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), kwargs=None):
+            out = function(*arguments, **(kwargs or {}))
+            for tensor in out if isinstance(out, tuple | list) else [out]:
+                if isinstance(tensor, torch.Tensor):
+                    sizes.append(tensor.untyped_storage().nbytes())
+            return out
+
+    # Small blocks, since a block's buffer may be as large as the budget says.
+    with mock.patch.object(tapwise, 'CPU_BLOCK_BYTES', 1 << 17), Sizes():
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+            out = slide_attention(*args)
+        out.sum().backward()
+    assert {x.data_ptr() for x in saved} == {x.data_ptr() for x in args}
+    assert len(sizes) > 100
+    assert max(sizes) <= args[0].nbytes
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        (dict(k=torch.randn(1, 4, 4, 2, 4)), r'q, k and v must all be'),
+        (dict(weight=torch.randn(8, 9, 3, 5)), r'weight must be \(d, k², k, k\)'),
+        (dict(weight=torch.randn(8, 4, 2, 2)), r'k odd'),
+        (dict(bias=torch.randn(9, 8)), r'bias must be \(d, k²\) = \(8, 9\), got \(9, 8\)'),
+        (dict(rpb=torch.randn(3, 9)), r'rpb must be \(heads, k²\) = \(2, 9\)'),
+        (dict(weight=torch.randn(8, 9, 3, 3).bfloat16()), r'must all be float32'),
+        (dict(q=torch.randn(1, 4, 4, 2, 8).half()), r'share one floating-point dtype'),
+        (dict(backend='cuda'), r"backend must be one of \['conv', 'reference', 'tapwise'\]"),
+        (dict(dropout_p=1.0), r'dropout_p must be in \[0, 1\)'),
+    ],
+)
+def test_wrong_arguments_are_named(change, message):
+    good = dict(zip(NAMES, arguments(1, 4, 4, 2, 8, 3, dtype=torch.float32), strict=True))
+    with pytest.raises(ValueError, match=message):
+        slide_attention(**{**good, **change})
+
+
+@pytest.mark.parametrize('name', ['slide_attention_k3', 'slide_attention_k5'])
+@pytest.mark.parametrize('backend', ['conv', 'tapwise', 'reference'])
+def test_module_gives_the_authors_numbers(name, backend):
+    golden = np.load(GOLDEN / f'{name}.npz')
+    meta = json.loads(str(golden['meta']))
+    state = layouts.slide_attention(golden_state(name))
+    heads, slots = state['relative_position_bias'].shape
+    module = SlideAttention(len(state['proj.bias']), heads, round(slots**0.5), backend=backend)
+    module.load_state_dict(state)
+    height, width = meta['H'], meta['W']
+    tokens = np.random.default_rng(meta['token_seed']).standard_normal((2, height * width, len(state['proj.bias'])))
+    out = module(torch.from_numpy(tokens.astype(np.float32)).unflatten(1, (height, width)))
+    assert relative_error(out.flatten(1, 2), torch.from_numpy(golden['output'])) < 1e-5
+
+
+def two_paths(module, x):
+    """The module as the paper trains it: a fixed and a learned depthwise convolution, added."""
+    batch, height, width, channels = x.shape
+    slots, kernel_size = module.shift.shape[:2]
+    heads, head_dims = module.num_heads, channels // module.num_heads
+    q, k, v = module.qkv(x).view(batch, height, width, 3, heads, head_dims).permute(3, 0, 4, 5, 1, 2).flatten(1, 2)
+
+    def shifted(maps):
+        convolve = torch.nn.functional.conv2d
+        fixed = module.shift.unsqueeze(1).repeat(head_dims, 1, 1, 1)
+        learned = module.deform_weight.flatten(0, 1).unsqueeze(1)
+        paths = [(fixed, module.shift_bias), (learned, module.deform_bias)]
+        out = sum(convolve(maps, w, b.flatten(), padding=kernel_size // 2, groups=head_dims) for w, b in paths)
+        return out.view(batch, heads, head_dims, slots, height, width)
+
+    q = q.view(batch, heads, head_dims, 1, height, width)
+    keys = shifted(k) + module.relative_position_bias.view(1, heads, 1, slots, 1, 1)
+    attention = (head_dims**-0.5 * (q * keys).sum(2, keepdim=True)).softmax(3)
+    return module.proj((attention * shifted(v)).sum(3).permute(0, 3, 4, 1, 2).flatten(3))
+
+
+@pytest.mark.parametrize('kernel_size', [3, 5])
+def test_module_equals_the_two_paths_of_the_paper(kernel_size):
+    module = randomize(SlideAttention(24, 3, kernel_size)).double()
+    x = torch.randn(2, 9, 10, 24, dtype=torch.float64)
+    grad = torch.randn(2, 9, 10, 24, dtype=torch.float64)
+    parameters = list(module.parameters())
+    ours, theirs = module(x), two_paths(module, x)
+    assert relative_error(ours, theirs) < 1e-12
+    for value, wanted in zip(
+        torch.autograd.grad(ours, parameters, grad), torch.autograd.grad(theirs, parameters, grad), strict=True
+    ):
+        assert relative_error(value, wanted) < 1e-10
+
+
+def test_new_module_is_plain_local_attention():
+    module = SlideAttention(8, 2, 3)
+    x = torch.randn(1, 5, 6, 8)
+    q, k, v = module.qkv(x).view(1, 5, 6, 3, 2, 4).permute(3, 0, 4, 5, 1, 2).flatten(1, 2)
+    neighbours = [torch.nn.functional.unfold(y, 3, padding=1).view(2, 4, 9, 5, 6) for y in (k, v)]
+    attention = (0.5 * (q.unsqueeze(2) * neighbours[0]).sum(1, keepdim=True)).softmax(2)
+    out = module.proj((attention * neighbours[1]).sum(2).flatten(0, 1).permute(1, 2, 0).unsqueeze(0))
+    assert relative_error(module(x), out) < 1e-5
+
+
+def test_nothing_overwrites_the_shift():
+    normal = [dict(type='Normal', layer=layer, std=1.0) for layer in ('Conv2d', 'Linear', 'SlideAttention')]
+    module = SlideAttention(8, 2, 3, init_cfg=normal)
+    module.init_weights()
+    assert torch.equal(module.shift.flatten(1), torch.eye(9))
+    assert 'shift' not in module.state_dict()
+    assert 'shift' not in dict(module.named_parameters())
+
+
+def test_a_small_learned_part_survives_half_precision():
+    """In bfloat16 1 + 1e-3 is 1: summed there, the learned path on the shift's own tap would vanish."""
+    module = SlideAttention(8, 2, 3)
+    torch.nn.init.constant_(module.deform_weight, 1e-3)
+    seen = []
+    with mock.patch(
+        'mmslide.models.attention.slide.slide_attention', side_effect=lambda *a, **k: seen.append(a) or a[0]
+    ):
+        module.bfloat16()(torch.randn(1, 4, 4, 8).bfloat16())
+    weight = seen[0][3]
+    assert weight.dtype == torch.float32
+    assert (weight.detach()[:, 0, 0, 0] > 1.0009).all()
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (dict(embed_dims=10, num_heads=4), r'embed_dims=10, num_heads=4'),
+        (dict(embed_dims=8, num_heads=2, kernel_size=4), r'kernel_size=4'),
+    ],
+)
+def test_module_arguments_are_checked(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        SlideAttention(**arguments)
+
+
+def test_module_dropouts_act_in_training_only():
+    module = randomize(SlideAttention(8, 2, attn_drop_rate=0.5, proj_drop_rate=0.5))
+    x = torch.randn(1, 6, 6, 8)
+    assert relative_error(module(x), module(x)) > 0.1
+    module.eval()
+    assert torch.equal(module(x), module(x))
