@@ -1,0 +1,55 @@
+"""The packaging; the metadata stand in pyproject.toml.
+
+openmim looks for configs, tools and model-index.yml in site-packages/mmslide/.mim. A wheel ships copies there. An
+editable install ships one-line files that lead to the checkout, so that an edited config or tool is the one that runs.
+"""
+
+import shutil
+from pathlib import Path
+
+from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+from setuptools.command.editable_wheel import editable_wheel
+
+ROOT = Path(__file__).resolve().parent
+
+
+class BuildWithMim(build_py):
+    def run(self) -> None:
+        super().run()
+        if self.editable_mode:
+            return
+        mim = Path(self.build_lib, 'mmslide', '.mim')
+        shutil.rmtree(mim, ignore_errors=True)
+        for name in ('configs', 'tools'):
+            shutil.copytree(ROOT / name, mim / name, ignore=shutil.ignore_patterns('__pycache__', 'setup_env.sh'))
+        shutil.copy(ROOT / 'model-index.yml', mim)
+
+
+class EditableWithMim(editable_wheel):
+    def _run_build_commands(self, dist_name, unpacked_wheel, build_lib, tmp_dir):  # type: ignore[no-untyped-def]
+        result = super()._run_build_commands(dist_name, unpacked_wheel, build_lib, tmp_dir)
+        mim = Path(unpacked_wheel, 'mmslide', '.mim')
+        for path in (ROOT / 'configs').rglob('*.py'):
+            if '_base_' not in path.parts:
+                write(mim / path.relative_to(ROOT), f'_base_ = {str(path)!r}\n')
+        for path in (ROOT / 'tools').glob('*.py'):
+            lead = f'import runpy\n\nrunpy.run_path({str(path)!r}, run_name={"__main__"!r})\n'
+            write(mim / path.relative_to(ROOT), lead)
+        metafiles = sorted(str(path) for path in (ROOT / 'configs').glob('*/metafile.yml'))
+        write(mim / 'model-index.yml', 'Import:\n' + ''.join(f'  - {path}\n' for path in metafiles))
+        return result
+
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+setup(
+    packages=find_packages(include=['mmslide', 'mmslide.*']),
+    # Makes an editable install a plain path entry, beside which site-packages/mmslide/.mim is no second package.
+    package_dir={'': '.'},
+    include_package_data=False,
+    cmdclass=dict(build_py=BuildWithMim, editable_wheel=EditableWithMim),
+)

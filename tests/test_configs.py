@@ -1,0 +1,221 @@
+import inspect
+import re
+from functools import cache
+from pathlib import Path
+
+import pytest
+import yaml
+from mmengine.config import Config
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import HOOKS, MODELS, TRANSFORMS, DefaultScope
+from mmengine.runner import Runner
+from torch import nn
+
+ROOT = Path(__file__).parents[1]
+BASES = sorted((ROOT / 'configs/_base_').rglob('*.py'))
+CONFIGS = sorted(set((ROOT / 'configs').rglob('*.py')) - set(BASES))
+ZOO = [path for path in CONFIGS if path.parent.name != 'mini']
+METAFILES = sorted((ROOT / 'configs').rglob('metafile.yml'))
+
+VARIABLES = {
+    *('dataset_type', 'data_root', 'image_scale', 'crop_size', 'meta_keys'),
+    *('train_pipeline', 'test_pipeline', 'tta_pipeline', 'short_sides'),
+    *('max_epochs', 'max_iters', 'warmup_iters', 'pretrained'),
+    *('num_classes', 'rpn_nms', 'boxes', 'norm_cfg'),
+}
+KNOWN_KEYS = set(inspect.signature(Runner.__init__).parameters) | {'custom_imports', 'tta_model'} | VARIABLES
+
+every_config = pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
+zoo_config = pytest.mark.parametrize('path', ZOO, ids=lambda path: path.stem)
+
+
+@cache
+def load(path: Path) -> Config:
+    return Config.fromfile(path)
+
+
+def host_of(path: Path) -> Path:
+    return path.with_name(path.name.replace('slide-', ''))
+
+
+def inner_keys(value):
+    if isinstance(value, dict):
+        yield from value
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        for x in value:
+            yield from inner_keys(x)
+
+
+def test_names_are_unique():
+    names = [path.name for path in CONFIGS + BASES]
+    assert len(set(names)) == len(names)
+
+
+@every_config
+def test_keys(path):
+    cfg = load(path)
+    unknown = set(cfg.keys()) - KNOWN_KEYS
+    if path not in ZOO:
+        unknown = {key for key in unknown if 'dict(' in repr(cfg[key]) or '{' in repr(cfg[key])} - {'vis_backends'}
+    assert not unknown
+    # A `_delete=True` typed for `_delete_=True` would be merged without a word.
+    assert not [key for key in inner_keys(cfg.to_dict()) if isinstance(key, str) and key.startswith('_')]
+    assert cfg.data_root.endswith('/')
+
+
+@every_config
+def test_everything_builds(path):
+    cfg = load(path)
+    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+        model = MODELS.build(cfg.model)
+        if 'tta_model' in cfg:
+            MODELS.build(dict(cfg.tta_model, module=model))
+        for pipeline in ('train_pipeline', 'test_pipeline', 'tta_pipeline'):
+            for transform in cfg.get(pipeline, []):
+                TRANSFORMS.build(transform)
+        for name, hook in cfg.default_hooks.items():
+            if name != 'visualization':  # wants a running visualizer
+                HOOKS.build(hook)
+
+
+@zoo_config
+def test_starts_from_weights_of_the_host(path):
+    cfg = load(path)
+    size = cfg.model.backbone.arch
+    assert cfg.model.backbone.init_cfg.type == 'Pretrained'
+    assert re.search(rf'/(pvt|swin)_{size}[_.]', cfg.model.backbone.init_cfg.checkpoint)
+    assert size[0] == re.search(r'(?:pvt|swin)-(\w)_', path.name)[1]
+
+
+@every_config
+def test_schedule_decays(path):
+    cfg = load(path)
+    rate = cfg.optim_wrapper.optimizer.lr
+    end = cfg.train_cfg.get('max_epochs') or cfg.train_cfg.max_iters
+    assert cfg.train_cfg.val_interval <= end
+    *warmup, decay = cfg.param_scheduler
+    for scheduler in warmup:
+        assert scheduler.type == 'LinearLR'
+        assert not scheduler.by_epoch
+    assert decay.end == end
+    if decay.type == 'MultiStepLR':
+        assert decay.gamma < 1
+        assert max(decay.milestones) < end
+    else:
+        assert decay.eta_min < rate
+
+
+@every_config
+def test_keeps_the_old_checkpoint_until_the_new_one_is_written(path):
+    assert load(path).default_hooks.checkpoint.max_keep_ckpts >= 2
+
+
+@zoo_config
+def test_runtime(path):
+    cfg = load(path)
+    assert cfg.custom_imports.imports == ['mmslide']
+    assert {'tta_model', 'tta_pipeline'} <= set(cfg.keys())
+    layout = re.search(r'_(\d+)xb(\d+)-', path.name)
+    gpus, images = map(int, layout.groups()) if layout else (8, 2)
+    assert cfg.train_dataloader.batch_size == images
+    assert cfg.auto_scale_lr == dict(enable=False, base_batch_size=gpus * images)
+
+
+def test_settings():
+    """The paper gives none: the hosts' settings."""
+
+    def settings(name):
+        cfg = load(next(path for path in ZOO if path.stem == name))
+        optimizer = cfg.optim_wrapper.optimizer
+        return optimizer.lr, optimizer.weight_decay, cfg.model.backbone.drop_path_rate, cfg.optim_wrapper.type
+
+    amp, full = 'AmpOptimWrapper', 'OptimWrapper'
+    assert settings('mask-rcnn_slide-pvt-t_fpn_1x_coco') == (2e-4, 1e-4, 0.1, full)
+    assert settings('mask-rcnn_slide-pvt-s_fpn_1x_coco') == (2e-4, 1e-4, 0.2, full)
+    assert settings('mask-rcnn_slide-pvt-m_fpn_1x_coco') == (2e-4, 1e-4, 0.2, full)
+    assert settings('mask-rcnn_slide-swin-t_fpn_ms-crop-3x_coco') == (1e-4, 0.05, 0.2, amp)
+    for size in 'ts':
+        assert settings(f'slide-pvt-{size}_fpn_8xb4-80k_ade20k-512x512') == (1e-4, 1e-4, 0.2, full)
+        assert settings(f'slide-swin-{size}_upernet_8xb2-160k_ade20k-512x512') == (6e-5, 0.01, 0.3, full)
+
+
+@pytest.mark.parametrize('path', [path for path in ZOO if path.name.find('slide-') >= 0], ids=lambda path: path.stem)
+def test_host_differs_in_its_attention_alone(path):
+    host = load(host_of(path)).to_dict()
+    assert host['model']['backbone'].pop('slide_stages') == ()
+    assert host == load(path).to_dict()
+
+
+@pytest.mark.parametrize(
+    'path', [path for path in ZOO if 'paramwise_cfg' in load(path).optim_wrapper], ids=lambda path: path.stem
+)
+def test_weight_decay(path):
+    cfg = load(path)
+    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+        model = MODELS.build(cfg.model)
+        # AmpOptimWrapper wants a GPU; the groups are the same.
+        optim_wrapper = build_optim_wrapper(model, dict(cfg.optim_wrapper, type='OptimWrapper'))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    decay = {
+        names[id(p)]: group['weight_decay'] for group in optim_wrapper.optimizer.param_groups for p in group['params']
+    }
+    assert set(decay) == set(names.values())
+    assert set(decay.values()) == {0.0, cfg.optim_wrapper.optimizer.weight_decay}
+
+    # The BatchNorms of UperNet's heads decay, as in Swin's own setting.
+    norms = {
+        f'{name}.{key}'
+        for name, module in model.named_modules()
+        if isinstance(module, nn.LayerNorm)
+        for key, _ in module.named_parameters()
+    }
+    depths = [len(stage.blocks) for stage in model.backbone.stages]
+    assert len(norms) == 2 * (2 * sum(depths) + 1 + 3 + 4)  # blocks, patch embedding, mergings, outputs
+    table = {name for name in names.values() if name.endswith('.relative_position_bias_table')}
+    slide = {name for name in names.values() if name.endswith('.relative_position_bias')}
+    slides = 'slide-' in path.name
+    assert len(slide) == (depths[0] + depths[1] if slides else 0)
+    assert len(table) == sum(depths) - len(slide)
+    assert {name for name, value in decay.items() if value == 0} == norms | table | slide
+
+
+def test_metafiles():
+    index = yaml.safe_load((ROOT / 'model-index.yml').read_text())
+    assert [ROOT / path for path in index['Import']] == METAFILES
+    listed = []
+    for metafile in METAFILES:
+        data = yaml.safe_load(metafile.read_text())
+        collections = {x['Name'] for x in data['Collections']}
+        assert all((ROOT / x['README']).is_file() for x in data['Collections'])
+        for model in data['Models']:
+            config = ROOT / model['Config']
+            assert config.parent == metafile.parent
+            assert config.stem == model['Name']
+            assert model['In Collection'] in collections
+            assert not {'Results', 'Weights'} & set(model)  # nothing was trained here
+            assert 'not reproduced' in model['Paper Results']['Note']
+            cfg = load(config)
+            epochs = model['Metadata'].get('Epochs'), model['Metadata'].get('Iterations')
+            assert epochs == (cfg.train_cfg.get('max_epochs'), cfg.train_cfg.get('max_iters'))
+            assert model['Metadata']['Batch Size'] == cfg.auto_scale_lr.base_batch_size
+            listed.append(config)
+    assert len(set(listed)) == len(listed)
+    assert set(listed) == set(ZOO)
+
+
+@pytest.mark.filterwarnings('ignore')
+def test_mim_reads_the_model_index(capsys):
+    search = pytest.importorskip('mim.commands.search')
+    frame = search.convert2df(search.load(str(ROOT / 'model-index.yml')))
+    assert set(frame.index) == {path.stem for path in ZOO}
+    assert frame.loc['mask-rcnn_slide-pvt-t_fpn_1x_coco', 'parameters(M)'] == pytest.approx(32, abs=0.6)
+    assert not [column for column in frame.columns if 'coco/' in column or 'ade20k/' in column or column == 'weight']
+    search.print_df(frame, 80)
+    assert 'config' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('metafile', METAFILES, ids=lambda path: path.parent.name)
+def test_readme_links_to_every_config(metafile):
+    links = re.findall(r'\]\(([^)]+\.py)\)', (metafile.parent / 'README.md').read_text())
+    assert sorted(links) == sorted(path.name for path in ZOO if path.parent == metafile.parent)

@@ -1,0 +1,104 @@
+"""The package among the others: versions, registries, one framework alone."""
+
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import mmcv
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import DefaultScope
+
+import mmslide
+from mmslide import stack
+
+
+@pytest.mark.parametrize(
+    ('version', 'message'),
+    [
+        ('1.7.1', r'works with "mmcv>=2.0.0,<3", but mmcv 1\.7\.1 is installed\. Run: mim install "mmcv>=2.0.0,<3"'),
+        ('3.0.0', r'mmcv 3\.0\.0 is installed'),
+    ],
+)
+def test_a_wrong_version_is_named_with_its_mend(version, message, monkeypatch):
+    monkeypatch.setattr(mmcv, '__version__', version)
+    with pytest.raises(RuntimeError, match=message):
+        stack.check_versions()
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setattr(stack, 'find_spec', lambda name: None if name == 'mmcv' else True)
+    with pytest.raises(RuntimeError, match='mmslide needs mmcv, which is not installed'):
+        stack.check_versions()
+
+
+def test_the_distributions_name_is_suggested_not_the_modules(monkeypatch):
+    mmseg = pytest.importorskip('mmseg')
+    monkeypatch.setattr(mmseg, '__version__', '0.30.0')
+    with pytest.raises(RuntimeError, match=r'mim install "mmsegmentation>=1\.0,<2"'):
+        stack.check_versions()
+
+
+def test_a_framework_that_refuses_its_neighbours_is_told_in_one_error(monkeypatch):
+    def refuse(name):
+        if name == 'mmdet':
+            raise AssertionError('MMCV==2.2.0 is used but incompatible.')
+        return sys.modules[name]
+
+    monkeypatch.setattr(stack.importlib, 'import_module', refuse)
+    with pytest.raises(RuntimeError, match=r'mmdet refuses the packages beside it: MMCV==2\.2\.0.*mim install'):
+        stack.check_versions()
+
+
+BUILD = """
+import sys
+sys.path += [{packages!r}, {repository!r}]
+from mmengine.registry import DefaultScope
+from {framework}.registry import MODELS
+if {absent!r} in sys.modules: sys.exit('the other framework was imported')
+arch = dict(embed_dims=(8, 16), depths=(1, 1), num_heads=(1, 2), mlp_ratios=(2, 2), sr_ratios=(2, 1))
+with DefaultScope.overwrite_default_scope({framework!r}):
+    assert 'mmslide' not in sys.modules
+    backbone = MODELS.build(dict(type='mmslide.SlidePVT', arch=arch, out_indices=(0, 1)))
+assert type(backbone).__module__ == 'mmslide.models.slide_pvt'
+import torch
+assert len(backbone(torch.randn(1, 3, 32, 32))) == 2
+"""
+
+
+@pytest.mark.parametrize(('framework', 'absent'), [('mmdet', 'mmseg'), ('mmseg', 'mmdet')])
+def test_either_framework_alone_is_enough_and_nothing_need_be_imported(framework, absent, tmp_path):
+    pytest.importorskip(framework)
+    installed = Path(sysconfig.get_paths()['purelib'])
+    packages = tmp_path / 'packages'
+    packages.mkdir()
+    for path in installed.iterdir():
+        if not path.name.startswith((absent, 'mmslide', '__editable__')) and path.suffix != '.pth':
+            (packages / path.name).symlink_to(path)
+    repository = str(Path(mmslide.__file__).parent.parent)
+    script = BUILD.format(packages=str(packages), repository=repository, framework=framework, absent=absent)
+    # -S keeps the interpreter from adding the real site-packages.
+    subprocess.run([sys.executable, '-S', '-c', script], check=True, cwd=tmp_path)
+
+
+@pytest.mark.parametrize(
+    'custom_imports', ['', "custom_imports = dict(imports=['mmslide'], allow_failed_imports=False)"]
+)
+def test_backbone_in_a_users_own_config(custom_imports, tmp_path):
+    pytest.importorskip('mmdet')
+    from mmdet.registry import MODELS
+
+    path = tmp_path / 'config.py'
+    path.write_text(f"{custom_imports}\nmodel = dict(type='mmslide.SlideSwin', arch='tiny', slide_stages=(0,))\n")
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        backbone = MODELS.build(Config.fromfile(path).model)
+    assert isinstance(backbone, mmslide.models.SlideSwin)
+
+
+def test_torch_reads_checkpoints_safely_by_default():
+    """What the loader relies on: without a word, torch.load refuses to run anything."""
+    import inspect
+
+    assert inspect.signature(torch.load).parameters['weights_only'].default in (None, True)
