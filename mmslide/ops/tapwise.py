@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Bytes of one block's (pixels, heads, k², d) buffer. On a CPU about the second-level cache of a core; elsewhere enough
+# Bytes of one block's (pixels, heads, k², d) buffer. On a CPU what the caches of two cores hold; elsewhere enough
 # work for one kernel launch.
-CPU_BLOCK_BYTES = 1 << 20
+CPU_BLOCK_BYTES = 1 << 21
 DEVICE_BLOCK_BYTES = 1 << 26
 
 
@@ -65,9 +65,9 @@ class _Tapwise(torch.autograd.Function):
             query = q[block].to(weight.dtype)
             attention = taps.softmax(query, taps.products(query, taps.windows(k, block)), bias, rpb, scale)
             if dropout_mask is not None:
-                attention *= dropout_mask[block]
+                attention *= slots_first(dropout_mask[block])
             summed = taps.spread(attention).mul_(taps.windows(v, block)).flatten(-3, -2).sum(-2)
-            out[block] = summed.add_(attention @ bias.t())
+            out[block] = summed.add_(per_channel(attention, bias))
         return out
 
     @staticmethod
@@ -100,22 +100,24 @@ def _backward(
         key_products, value_products = taps.products(query, keys), taps.products(grad, values)
 
         attention = taps.softmax(query, key_products, bias, rpb, scale)
-        grad_attention = taps.gather(value_products) + grad @ bias
+        grad_attention = taps.gather(value_products).add_(per_slot(grad, bias))
         dropped = attention
         if dropout_mask is not None:
-            dropped = attention * dropout_mask[block]
-            grad_attention *= dropout_mask[block]
-        grad_attention -= (attention * grad_attention).sum(-1, keepdim=True)
+            mask = slots_first(dropout_mask[block])
+            dropped = attention * mask
+            grad_attention *= mask
+        grad_attention -= (attention * grad_attention).sum(0)
         grad_logits = grad_attention.mul_(attention).mul_(scale)
 
-        grad_by_slot.addmm_(grad_logits.flatten(0, -2).t(), key_products.view(-1, taps.by_slot.shape[1]))
-        grad_by_slot.addmm_(dropped.flatten(0, -2).t(), value_products.view(-1, taps.by_slot.shape[1]))
-        grad_bias.addmm_(query.flatten(0, -2).t(), grad_logits.flatten(0, -2))
-        grad_bias.addmm_(grad.flatten(0, -2).t(), dropped.flatten(0, -2))
-        grad_rpb += (query.sum(-1, keepdim=True) * grad_logits).sum((0, 1))
+        grad_by_slot.addmm_(grad_logits.flatten(1), key_products.view(-1, taps.by_slot.shape[1]))
+        grad_by_slot.addmm_(dropped.flatten(1), value_products.view(-1, taps.by_slot.shape[1]))
+        grad_bias.addmm_(query.flatten(0, -2).t(), grad_logits.flatten(1).t())
+        grad_bias.addmm_(grad.flatten(0, -2).t(), dropped.flatten(1).t())
+        grad_rpb += (query.sum(-1) * grad_logits).sum((1, 2)).t()
 
         spread = taps.spread(grad_logits)
-        direct = grad_logits @ bias.t() + (grad_logits * rpb).sum(-1, keepdim=True)
+        bias_and_rpb = (grad_logits * rpb.t()[:, None, None]).sum(0).unsqueeze(-1)
+        direct = per_channel(grad_logits, bias) + bias_and_rpb
         grad_q[block] = torch.mul(spread, keys, out=key_products).flatten(-3, -2).sum(-2).add_(direct)
         taps.scatter(spread.mul_(query[..., None, None, :]), grad_k, block)
         taps.scatter(taps.spread(dropped).mul_(grad[..., None, None, :]), grad_v, block)
@@ -124,11 +126,30 @@ def _backward(
     return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), grad_weight, grad_bias, grad_rpb, None, None
 
 
+def per_slot(x: Tensor, bias: Tensor) -> Tensor:
+    """Σ_c x_c · b[c, j]: (rows, W, heads, d) to (k², rows, W, heads)."""
+    return (bias.t() @ x.reshape(-1, x.shape[-1]).t()).view(-1, *x.shape[:-1])
+
+
+def per_channel(a: Tensor, bias: Tensor) -> Tensor:
+    """Σ_j a_j · b[c, j]: (k², rows, W, heads) to (rows, W, heads, d)."""
+    return (a.flatten(1).t() @ bias.t()).view(*a.shape[1:], -1)
+
+
+def slots_first(x: Tensor) -> Tensor:
+    """(rows, W, heads, k²) to (k², rows, W, heads)."""
+    return x.permute(3, 0, 1, 2)
+
+
 Block = tuple[int, slice]  # an image of the batch and a range of its rows
 
 
 class _Taps:
-    """The steps that forward and backward share, for one map size. Shapes: a block is (rows, W, heads, …)."""
+    """The steps that forward and backward share, for one map size.
+
+    Blocks of channels are (rows, W, heads, d), of taps (rows, W, heads, k, k, d). Slots lead, (k², rows, W, heads): with
+    few of them a softmax over the last axis is 20 times slower.
+    """
 
     def __init__(self, q: Tensor, weight: Tensor) -> None:
         self.batch, self.height, self.width, self.heads, self.head_dims = q.shape
@@ -165,18 +186,18 @@ class _Taps:
         return torch.mul(x[..., None, None, :], windows, out=products)
 
     def gather(self, products: Tensor) -> Tensor:
-        """Σ_t Σ_c products[t, c] · W[c, j, t]: (rows, W, heads, k²)."""
-        return (products.view(-1, self.by_slot.shape[1]) @ self.by_slot.t()).view(*products.shape[:3], -1)
+        """Σ_t Σ_c products[t, c] · W[c, j, t]: (k², rows, W, heads)."""
+        return (self.by_slot @ products.view(-1, self.by_slot.shape[1]).t()).view(-1, *products.shape[:3])
 
     def spread(self, a: Tensor) -> Tensor:
         """Σ_j a_j · W[c, j, t]: (rows, W, heads, k, k, d)."""
-        shape = (*a.shape[:-1], self.kernel_size, self.kernel_size, self.head_dims)
-        return (a.flatten(0, -2) @ self.by_slot).view(shape)
+        shape = (*a.shape[1:], self.kernel_size, self.kernel_size, self.head_dims)
+        return (a.flatten(1).t() @ self.by_slot).view(shape)
 
     def softmax(self, query: Tensor, products: Tensor, bias: Tensor, rpb: Tensor, scale: float) -> Tensor:
-        """The attention weights from q_c(p) · k_c(p + t): (rows, W, heads, k²)."""
-        logits = self.gather(products).add_(query @ bias).add_(query.sum(-1, keepdim=True) * rpb)
-        return logits.mul_(scale).softmax(-1)
+        """The attention weights from q_c(p) · k_c(p + t): (k², rows, W, heads)."""
+        logits = self.gather(products).add_(per_slot(query, bias)).add_(query.sum(-1) * rpb.t()[:, None, None])
+        return logits.mul_(scale).softmax(0)
 
     def scatter(self, contributions: Tensor, grad: Tensor, block: Block) -> None:
         """Adds what each pixel gives to its k×k neighbours, (rows, W, heads, k, k, d), to grad (B, H, W, heads, d)."""
