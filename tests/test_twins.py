@@ -67,12 +67,22 @@ def test_the_mask_tells_the_authors_copies_apart(name, mask_padding):
         assert_golden(name, outputs(model, golden_image(name)))
 
 
+@BOTH
+def test_mmpretrains_numbers(cls):
+    name = f'mmpretrain_{cls.__name__.removeprefix("Twins").lower()}'
+    model = small(cls, norm_after_stage=True, norm_cfg=dict(type='LN'))
+    layout, state = to_ours(golden_state(name))
+    assert layout == 'mmpretrain Twins'
+    model.load_state_dict(state)
+    assert_golden(name, outputs(model, golden_image(name)))
+
+
 def mmseg_host(cls, **kwargs):
     backbones = pytest.importorskip('mmseg.models.backbones')
     row = {key: [value] * 4 if isinstance(value, int) else list(value) for key, value in SMALL.items()}
     if cls is TwinsSVT:
         row['windiow_sizes'] = [7] * 4
-    return getattr(backbones, cls.__name__.removeprefix('Twins'))(qkv_bias=True, **row, **kwargs)
+    return getattr(backbones, cls.__name__.removeprefix('Twins'))(**{'qkv_bias': True, **row, **kwargs})
 
 
 @BOTH

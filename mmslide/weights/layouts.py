@@ -228,14 +228,15 @@ def _to_mmseg_twins(state: StateDict) -> StateDict:
     rules = [(ours, theirs) for theirs, ours in MMSEG_TWINS]
     out = {}
     for key, value in state.items():
-        stem, mixer, part = key.partition('.attn.')
-        if mixer and f'{stem}.attn.q.weight' in state:
+        block, _, part = key.rpartition('.attn.')
+        if f'{block}.attn.q.weight' in state:  # GSA: there inside an nn.MultiheadAttention
             if part.startswith('kv.'):
                 continue
             if part.startswith('q.'):
                 value = torch.cat([value, state[key.replace('.attn.q.', '.attn.kv.')]])
-            part = part.replace('proj.', 'attn.out_proj.').replace('q.', 'attn.in_proj_')
-        out[_replace_begin(stem + mixer + part, rules)] = value
+                key = key.replace('.attn.q.', '.attn.attn.in_proj_')
+            key = key.replace('.attn.proj.', '.attn.attn.out_proj.')
+        out[_replace_begin(key, rules)] = value
     return out
 
 
@@ -252,8 +253,9 @@ def _replace_begin(key: str, rules: Rules) -> str:
     for begin, replacement in rules:
         match = re.match(re.escape(begin).replace(r'\#', r'(\d+)'), key)
         if match:
-            numbers = iter(match.groups())
-            return re.sub('#', lambda _, numbers=numbers: next(numbers), replacement) + key[match.end() :]
+            for number in match.groups():
+                replacement = replacement.replace('#', number, 1)
+            return replacement + key[match.end() :]
     return key
 
 
