@@ -35,7 +35,8 @@ def load_pretrained(model: nn.Module, checkpoint: str, prefix: str | None = None
         prefix: takes only the keys that begin with it. None finds 'backbone.' by itself.
 
     Raises:
-        ValueError: the file cannot be read, holds something else, or its shapes do not fit the model.
+        ValueError: the file cannot be read, holds something else, or weights of another host or another size.
+        ImportError: it is a .safetensors file, and the package safetensors is not installed.
     """
     content = read_state_dict(checkpoint, map_location)
     if prefix is None:
