@@ -1,10 +1,13 @@
 import json
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from mmslide.weights import load_pretrained
 
 GOLDEN = Path(__file__).parent / 'golden'
 
@@ -56,3 +59,40 @@ def golden_state(name: str) -> dict[str, Tensor]:
             draw = draw / np.prod(shape[1:]) ** 0.5
         state[key] = torch.from_numpy(draw.astype(np.float32))
     return state
+
+
+def golden_image(name: str) -> Tensor:
+    """The input that the golden file's outputs were computed from."""
+    meta = json.loads(str(np.load(GOLDEN / f'{name}.npz')['meta']))
+    image = np.random.default_rng(meta['image_seed']).standard_normal(meta['image_shape'])
+    return torch.from_numpy(image.astype(np.float32))
+
+
+def assert_golden(name: str, outs: Sequence[Tensor]) -> None:
+    """Compares the map of each stage with the authors' numbers."""
+    golden = np.load(GOLDEN / f'{name}.npz')
+    assert f'stage{len(outs)}_shape' in golden
+    assert f'stage{len(outs) + 1}_shape' not in golden
+    for stage, out in enumerate(outs, 1):
+        assert list(out.shape) == golden[f'stage{stage}_shape'].tolist()
+        _, channels, height, width = out.shape
+        part = out[:, :: max(1, channels // 16), :: max(1, height // 8), :: max(1, width // 8)]
+        assert relative_error(part, torch.from_numpy(golden[f'stage{stage}_slice'])) < 1e-4
+        assert abs(out.double().mean() - golden[f'stage{stage}_mean']) < 1e-4 * golden[f'stage{stage}_std']
+        assert abs(out.double().std(correction=0) / golden[f'stage{stage}_std'] - 1) < 1e-4
+
+
+def assert_golden_logits(name: str, last: Tensor, eps: float) -> None:
+    """The authors' classifier on the map of the last stage: norm, mean over the pixels, linear."""
+    state = golden_state(name)
+    x = nn.functional.layer_norm(last.flatten(2).mT, last.shape[1:2], state['norm.weight'], state['norm.bias'], eps)
+    logits = nn.functional.linear(x.mean(1), state['head.weight'], state['head.bias'])
+    assert relative_error(logits, torch.from_numpy(np.load(GOLDEN / f'{name}.npz')['logits'])) < 1e-4
+
+
+def load_host(model: nn.Module, host: nn.Module, folder: Path) -> nn.Module:
+    """Our host, started from the randomised weights of another implementation."""
+    randomize(host).eval()
+    torch.save(host.state_dict(), folder / 'host.pth')
+    load_pretrained(model, str(folder / 'host.pth'))
+    return model.eval()

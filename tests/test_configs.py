@@ -19,11 +19,19 @@ METAFILES = sorted((ROOT / 'configs').rglob('metafile.yml'))
 
 VARIABLES = {
     *('dataset_type', 'data_root', 'image_scale', 'crop_size', 'meta_keys'),
-    *('train_pipeline', 'test_pipeline', 'tta_pipeline', 'short_sides'),
+    *('train_pipeline', 'test_pipeline', 'tta_pipeline', 'short_sides', 'multi_scale_crop'),
     *('max_epochs', 'max_iters', 'warmup_iters', 'pretrained'),
     *('num_classes', 'rpn_nms', 'boxes', 'norm_cfg'),
 }
 KNOWN_KEYS = set(inspect.signature(Runner.__init__).parameters) | {'custom_imports', 'tta_model'} | VARIABLES
+
+# How the files of the hosts' ImageNet weights begin.
+PRETRAINED = {
+    'mmslide.SlidePVT': 'pvt',
+    'mmslide.SlideSwin': 'swin',
+    'mmslide.TwinsPCPVT': 'pcpvt',
+    'mmslide.TwinsSVT': 'alt_gvt',
+}
 
 every_config = pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
 zoo_config = pytest.mark.parametrize('path', ZOO, ids=lambda path: path.stem)
@@ -82,10 +90,12 @@ def test_everything_builds(path):
 @zoo_config
 def test_starts_from_weights_of_the_host(path):
     cfg = load(path)
-    size = cfg.model.backbone.arch
-    assert cfg.model.backbone.init_cfg.type == 'Pretrained'
-    assert re.search(rf'/(pvt|swin)_{size}[_.]', cfg.model.backbone.init_cfg.checkpoint)
-    assert size[0] == re.search(r'(?:pvt|swin)-(\w)_', path.name)[1]
+    backbone = cfg.model.backbone
+    assert backbone.init_cfg.type == 'Pretrained'
+    assert re.search(rf'/{PRETRAINED[backbone.type]}_{backbone.arch}[_.]', backbone.init_cfg.checkpoint)
+    host, size = re.search(r'([a-z]+)-(\w)_', path.name).groups()
+    assert host in backbone.type.lower()
+    assert size == backbone.arch[0]
 
 
 @every_config
@@ -123,7 +133,7 @@ def test_runtime(path):
 
 
 def test_settings():
-    """The paper gives none: the hosts' settings."""
+    """The Slide-Transformer paper gives none: the hosts' settings."""
 
     def settings(name):
         cfg = load(next(path for path in ZOO if path.stem == name))
@@ -138,6 +148,14 @@ def test_settings():
     for size in 'ts':
         assert settings(f'slide-pvt-{size}_fpn_8xb4-80k_ade20k-512x512') == (1e-4, 1e-4, 0.2, full)
         assert settings(f'slide-swin-{size}_upernet_8xb2-160k_ade20k-512x512') == (6e-5, 0.01, 0.3, full)
+    for model in ('pcpvt-s', 'pcpvt-b', 'pcpvt-l', 'svt-s', 'svt-b', 'svt-l'):
+        assert settings(f'mask-rcnn_twins-{model}_fpn_1x_coco') == (2e-4, 1e-4, 0.2, full)
+        assert settings(f'mask-rcnn_twins-{model}_fpn_ms-crop-3x_coco') == (1e-4, 0.05, 0.2, amp)
+        assert settings(f'retinanet_twins-{model}_fpn_1x_coco') == (1e-4, 1e-4, 0.2, full)
+        assert settings(f'retinanet_twins-{model}_fpn_ms-crop-3x_coco') == (1e-4, 0.05, 0.2, amp)
+        drop_path = 0.3 if model == 'svt-l' else 0.2
+        assert settings(f'twins-{model}_fpn_8xb4-80k_ade20k-512x512') == (1e-4, 1e-4, drop_path, full)
+        assert settings(f'twins-{model}_upernet_8xb2-160k_ade20k-512x512') == (6e-5, 0.01, drop_path, full)
 
 
 @pytest.mark.parametrize('path', [path for path in ZOO if path.name.find('slide-') >= 0], ids=lambda path: path.stem)
@@ -171,13 +189,21 @@ def test_weight_decay(path):
         for key, _ in module.named_parameters()
     }
     depths = [len(stage.blocks) for stage in model.backbone.stages]
-    assert len(norms) == 2 * (2 * sum(depths) + 1 + 3 + 4)  # blocks, patch embedding, mergings, outputs
+    host = cfg.model.backbone.type
+    layers = {
+        'mmslide.SlideSwin': 2 * sum(depths) + 1 + 3 + 4,  # blocks, patch embedding, mergings, outputs
+        'mmslide.TwinsPCPVT': 2 * sum(depths) + 4 + sum(depths[:3]),  # blocks, patch embeddings, subsampled keys
+        'mmslide.TwinsSVT': 2 * sum(depths) + 4 + sum(depth // 2 for depth in depths[:3]) + 4,  # and stages
+    }
+    assert len(norms) == 2 * layers[host]
+    peg = {name for name in names.values() if '.peg.' in name}
+    assert len(peg) == (0 if host == 'mmslide.SlideSwin' else 2 * 4)
     table = {name for name in names.values() if name.endswith('.relative_position_bias_table')}
     slide = {name for name in names.values() if name.endswith('.relative_position_bias')}
     slides = 'slide-' in path.name
     assert len(slide) == (depths[0] + depths[1] if slides else 0)
-    assert len(table) == sum(depths) - len(slide)
-    assert {name for name, value in decay.items() if value == 0} == norms | table | slide
+    assert len(table) == (sum(depths) - len(slide) if host == 'mmslide.SlideSwin' else 0)
+    assert {name for name, value in decay.items() if value == 0} == norms | table | slide | peg
 
 
 def test_metafiles():

@@ -2,18 +2,23 @@ import argparse
 import logging
 import os
 import pickle
+import runpy
 import subprocess
 import sys
 from collections import OrderedDict
+from pathlib import Path
 
 import pytest
 import torch
 from helpers import golden_state, randomize, relative_error
 from mmengine.logging import MMLogger
 from test_backbones import SMALL, SMALL_PVT, small
+from test_twins import mmseg_host
+from test_twins import small as small_twins
 
-from mmslide.models import SlidePVT, SlideSwin
+from mmslide.models import SlidePVT, SlideSwin, TwinsPCPVT, TwinsSVT
 from mmslide.weights import load_pretrained, read_state_dict
+from mmslide.weights.layouts import from_ours, to_ours
 
 
 @pytest.fixture
@@ -249,21 +254,272 @@ def test_foreign_files_are_refused(content, message, save):
         (lambda: small(SlideSwin), lambda: SlideSwin('tiny')),
         (lambda: SlideSwin(SMALL), lambda: SlidePVT(SMALL_PVT)),
         (lambda: SlideSwin(dict(SMALL, depths=(1, 1, 1, 1))), lambda: SlideSwin(dict(SMALL, depths=(2, 2, 9, 2)))),
+        (lambda: small_twins(TwinsPCPVT), lambda: TwinsPCPVT('small')),
+        (lambda: TwinsSVT('small'), lambda: TwinsPCPVT('small')),
+        (lambda: SlidePVT(SMALL_PVT, slide_stages=()), lambda: TwinsPCPVT(SMALL_PVT)),
+        (lambda: SlideSwin(SMALL, slide_stages=()), lambda: TwinsSVT(SMALL_PVT)),
+        (lambda: TwinsPCPVT(SMALL_PVT), lambda: SlidePVT(SMALL_PVT, slide_stages=())),
+        (lambda: TwinsSVT(SMALL_PVT), lambda: SlideSwin(SMALL, slide_stages=())),
     ],
-    ids=['width', 'host', 'depth'],
+    ids=['width', 'host', 'depth', 'Twins', 'other Twins', 'PVT', 'Swin', 'PVT from Twins', 'Swin from Twins'],
 )
 def test_another_model_is_refused(source, target, save):
-    with pytest.raises(ValueError, match=r'does not fit this Slide(PVT|Swin).*Check the arch'):
+    with pytest.raises(ValueError, match=r'does not fit this (Slide|Twins)(PVT|Swin|PCPVT|SVT): .*Check the arch'):
         load_pretrained(target(), save(source().state_dict()))
 
 
 def test_truncated_file_is_refused(save, tmp_path):
     whole = save(small(SlidePVT).state_dict())
     content = (tmp_path / 'checkpoint.pth').read_bytes()
-    for count in (0, 10, len(content) // 2, len(content) - 100):
+    for count in (0, 10, *range(1000, len(content), len(content) // 50)):
         (tmp_path / 'checkpoint.pth').write_bytes(content[:count])
         with pytest.raises(ValueError, match='not a readable checkpoint'):
             load_pretrained(small(SlidePVT), whole)
+
+
+GOLDEN_TWINS = {
+    'pcpvt_small_v0_cls_224': TwinsPCPVT,  # the classification files are timm's too: it has the same keys
+    'alt_gvt_small_cls_224': TwinsSVT,
+    'pcpvt_small_detection_192x256': TwinsPCPVT,
+    'alt_gvt_small_detection_192x256': TwinsSVT,
+    'alt_gvt_small_segmentation_192x256': TwinsSVT,
+}
+TWINS = pytest.mark.parametrize('cls', [TwinsPCPVT, TwinsSVT])
+WRAPPINGS = pytest.mark.parametrize(
+    ('wrapper', 'prefix'),
+    [(None, ''), ('model', ''), ('state_dict', 'backbone.'), ('model', 'module.'), ('state_dict', 'module.backbone.')],
+)
+
+
+def wrap(state, wrapper, prefix):
+    state = {f'{prefix}{key}': value for key, value in state.items()}
+    if 'backbone.' in prefix:
+        state[f'{prefix.removesuffix("backbone.")}neck.weight'] = torch.zeros(3)
+    return state if wrapper is None else {wrapper: state, 'epoch': 1}
+
+
+@pytest.mark.parametrize('name', GOLDEN_TWINS)
+@WRAPPINGS
+def test_authors_twins_layout(name, wrapper, prefix, save, log):
+    state = golden_state(name)
+    model = GOLDEN_TWINS[name]('small')
+    load_pretrained(model, save(wrap(state, wrapper, prefix)))
+    assert torch.equal(model.stages[2].peg.proj.weight, state['pos_block.2.proj.0.weight'])
+    assert torch.equal(model.stages[3].blocks[1].ffn.layers[1].bias, state['blocks.3.1.mlp.fc2.bias'])
+    assert "authors' Twins layout" in log.text
+    assert 'head.weight' in log.text
+    assert ('stages.*.norm.weight' in log.text) == (name == 'alt_gvt_small_cls_224')
+    assert not any(record.levelno >= logging.WARNING for record in log.records)
+
+
+@TWINS
+@WRAPPINGS
+def test_mmseg_twins_layout(cls, wrapper, prefix, save, log):
+    """The numbers are compared in test_twins; here the way from the file."""
+    host = randomize(mmseg_host(cls, norm_after_stage=True))
+    model = small_twins(cls, norm_after_stage=True)
+    load_pretrained(model, save(wrap(host.state_dict(), wrapper, prefix)))
+    assert torch.equal(model.stages[2].blocks[1].attn.kv.weight, host.layers[2][1].attn.attn.in_proj_weight[48:])
+    assert 'mmseg Twins layout' in log.text
+    assert 'all keys match' in log.text
+
+
+@TWINS
+@WRAPPINGS
+def test_mmpretrain_twins_layout(cls, wrapper, prefix, save, log):
+    state = golden_state(f'mmpretrain_{cls.__name__.removeprefix("Twins").lower()}')
+    model = small_twins(cls, norm_after_stage=True)
+    load_pretrained(model, save(wrap(state, wrapper, prefix)))
+    assert torch.equal(model.stages[3].norm.bias, state['norm_after_stage3.bias'])
+    assert 'mmpretrain Twins layout' in log.text
+    assert 'all keys match' in log.text
+
+
+@TWINS
+def test_the_norm_of_mmpretrains_classifier_is_no_norm_of_a_stage(cls, save, log):
+    state = golden_state(f'mmpretrain_{cls.__name__.removeprefix("Twins").lower()}')
+    state = {
+        key: value for key, value in state.items() if not key.startswith(tuple(f'norm_after_stage{i}' for i in '012'))
+    }
+    model = small_twins(cls, norm_after_stage=True)
+    load_pretrained(model, save(state))
+    assert torch.equal(model.stages[3].norm.weight, torch.ones(64))
+    assert '\u2502 norm.weight' in log.text
+
+
+def test_slide_attention_starts_from_the_windows_of_svt(save, log):
+    host = randomize(small_twins(TwinsSVT))
+    model = small_twins(TwinsSVT, slide_stages=(0, 1))
+    load_pretrained(model, save(host.state_dict()))
+    ours, theirs = model.stages[1].blocks[0].attn, host.stages[1].blocks[0].attn
+    assert torch.equal(ours.qkv.weight, theirs.qkv.weight)
+    assert torch.equal(model.stages[1].blocks[1].attn.kv.weight, host.stages[1].blocks[1].attn.kv.weight)
+    x = torch.randn(1, 6, 5, 32)
+    assert relative_error(ours(x), local_attention(ours, x)) < 1e-5
+    assert 'deform_weight' in log.text
+
+
+def assert_equal_states(state, wanted):
+    assert list(state) == list(wanted)
+    assert all(torch.equal(state[key], value) for key, value in wanted.items())
+
+
+@pytest.mark.parametrize('name', GOLDEN_TWINS)
+def test_round_trip_from_the_authors(name):
+    state = golden_state(name)
+    assert_equal_states(from_ours(to_ours(state)[1], 'authors'), state)
+
+
+@TWINS
+@pytest.mark.parametrize('qkv_bias', [True, False])
+def test_round_trip_from_mmseg(cls, qkv_bias):
+    host = mmseg_host(cls, norm_after_stage=True, qkv_bias=qkv_bias)
+    state = randomize(host).state_dict()
+    layout, ours = to_ours(state)
+    assert layout == 'mmseg Twins'
+    assert_equal_states(from_ours(ours, 'mmseg'), state)
+    theirs = from_ours(ours, 'authors')
+    assert_equal_states(from_ours(to_ours(theirs)[1], 'mmseg'), state)
+
+
+@pytest.mark.parametrize(
+    ('source', 'message'),
+    [
+        (lambda: small(SlidePVT), r"only Twins can be turned into the layout '{}'"),
+        (lambda: small(SlideSwin), r"only Twins can be turned into the layout '{}'"),
+        (
+            lambda: small_twins(TwinsSVT, slide_stages=(1,)),
+            r"layout '{}' has no place for Slide Attention.*stages\.1\.blocks\.0\.attn\.deform_weight",
+        ),
+    ],
+)
+@pytest.mark.parametrize('layout', ['authors', 'mmseg'])
+def test_what_a_layout_cannot_hold_is_refused(source, message, layout):
+    with pytest.raises(ValueError, match=message.format(layout)):
+        from_ours(source().state_dict(), layout)
+
+
+def test_unknown_target_is_refused():
+    with pytest.raises(ValueError, match=r"layouts \['mmslide', 'authors', 'mmseg'\], got 'timm'"):
+        from_ours(small_twins(TwinsSVT).state_dict(), 'timm')
+
+
+@pytest.fixture
+def convert(monkeypatch, capsys):
+    """tools/convert_checkpoint.py, and what it prints."""
+
+    def convert(*arguments):
+        monkeypatch.setattr(sys, 'argv', ['convert_checkpoint.py', *map(str, arguments)])
+        monkeypatch.setenv('COLUMNS', '160')
+        runpy.run_path(str(Path(__file__).parents[1] / 'tools/convert_checkpoint.py'), run_name='__main__')
+        return capsys.readouterr().out
+
+    return convert
+
+
+@pytest.mark.parametrize('suffix', ['pth', 'safetensors'])
+def test_convert_checkpoint_there_and_back(suffix, convert, save, tmp_path):
+    if suffix == 'safetensors':
+        pytest.importorskip('safetensors')
+    state = golden_state('alt_gvt_small_cls_224')
+    state['patch_embeds.0.proj.weight'] = state['patch_embeds.0.proj.weight'].to(memory_format=torch.channels_last)
+    paths = [save({'model': state}), *(str(tmp_path / f'{name}.{suffix}') for name in ('ours', 'mmseg', 'authors'))]
+    out = convert(paths[0], paths[1], '--to', 'mmslide')
+    assert f'{paths[0]} to {paths[1]}' in out.splitlines()
+    for row in (
+        ("read, authors' Twins", 'blocks.*.*.mlp.fc1.weight', '18'),
+        ('written, mmslide', 'stages.*.blocks.*.ffn.layers.*.*.weight', '18'),
+        ('kept', 'head.weight', '1'),
+    ):
+        assert any(all(cell in line for cell in row) for line in out.splitlines()), row
+    convert(paths[1], paths[2], '--to', 'mmseg')
+    convert(paths[2], paths[3], '--to', 'authors')
+    assert read_state_dict(paths[3]).keys() == state.keys()
+    assert all(torch.equal(value, state[key]) for key, value in read_state_dict(paths[3]).items())
+    model = TwinsSVT('small', norm_after_stage=False)
+    for path in paths:
+        load_pretrained(model, path)
+        assert torch.equal(model.stages[0].peg.proj.bias, state['pos_block.0.proj.0.bias'])
+    assert sorted(tmp_path.iterdir()) == sorted(map(Path, paths))
+
+
+def test_convert_keeps_what_is_around_the_backbone(convert, save, tmp_path):
+    host = randomize(mmseg_host(TwinsSVT)).state_dict()
+    state = wrap(host, None, 'backbone.')
+    convert(save({'state_dict': state}), tmp_path / 'ours.pth')
+    ours = read_state_dict(str(tmp_path / 'ours.pth'))
+    assert 'neck.weight' in ours
+    assert ours.keys() - {'neck.weight'} == {f'backbone.{key}' for key in small_twins(TwinsSVT).state_dict()}
+    convert(tmp_path / 'ours.pth', tmp_path / 'ours.pth', '--to', 'mmseg')  # in place
+    back = read_state_dict(str(tmp_path / 'ours.pth'))
+    assert back.keys() == state.keys()
+    assert all(torch.equal(value, back[key]) for key, value in state.items())
+
+
+@pytest.mark.parametrize('failure', ['foreign', 'truncated', 'missing', 'layout', 'folder', 'disk'])
+def test_convert_fails_with_one_error_and_leaves_nothing(failure, convert, save, tmp_path, monkeypatch):
+    checkpoint, out, layout = save(small_twins(TwinsSVT).state_dict()), tmp_path / 'out.pth', 'mmseg'
+    out.write_text('as it was')
+    if failure == 'foreign':
+        save({'layer1.0.conv1.weight': torch.zeros(3)})
+        message = 'none of the layouts'
+    elif failure == 'truncated':
+        Path(checkpoint).write_bytes(Path(checkpoint).read_bytes()[:-500])
+        message = 'not a readable checkpoint'
+    elif failure == 'missing':
+        Path(checkpoint).unlink()
+        message = r'checkpoint\.pth can not be found'
+    elif failure == 'layout':
+        save(small(SlidePVT).state_dict())
+        message = 'only Twins can be turned'
+    elif failure == 'folder':
+        out, message = tmp_path / 'none' / 'out.pth', 'the folder of .*none/out.pth does not exist'
+    else:
+
+        def fail(state, path):
+            Path(path).write_text('half')
+            raise OSError('No space left on device')
+
+        monkeypatch.setattr(torch, 'save', fail)
+        message = 'No space left on device'
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(SystemExit, match=f'^error: .*{message}') as error:
+        convert(checkpoint, out, '--to', layout)
+    assert '\n' not in str(error.value)
+    assert sorted(tmp_path.iterdir()) == before
+    assert (tmp_path / 'out.pth').read_text() == 'as it was'
+
+
+def test_safetensors(tmp_path):
+    safetensors = pytest.importorskip('safetensors.torch')
+    source = randomize(small_twins(TwinsPCPVT))
+    path = tmp_path / 'model.safetensors'
+    safetensors.save_file({f'backbone.{key}': value for key, value in source.state_dict().items()}, path)
+    model = small_twins(TwinsPCPVT, init_cfg=dict(type='Pretrained', checkpoint=str(path)))
+    model.init_weights()
+    assert_same(model, source)
+    content = path.read_bytes()
+    for count in (0, 4, 100, len(content) // 2, len(content) - 1):
+        path.write_bytes(content[:count])
+        with pytest.raises(ValueError, match='not a readable checkpoint'):
+            load_pretrained(model, str(path))
+
+
+def test_safetensors_without_the_package(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'safetensors', None)
+    monkeypatch.setitem(sys.modules, 'safetensors.torch', None)
+    with pytest.raises(
+        ImportError, match=r'x\.safetensors needs the package safetensors\. Run: pip install safetensors'
+    ):
+        read_state_dict(str(tmp_path / 'x.safetensors'))
+
+
+def test_convert_runs_no_call_either(convert, save, tmp_path):
+    target = tmp_path / 'written'
+    checkpoint = save({'state_dict': OrderedDict(x=torch.zeros(1)), 'evil': Call(os.system, f'touch {target}')})
+    with pytest.raises(SystemExit, match='not a readable checkpoint'):
+        convert(checkpoint, tmp_path / 'out.pth')
+    assert not target.exists()
 
 
 class CfgNode(dict):

@@ -1,4 +1,5 @@
 from .slide_pvt import SlidePVT
 from .slide_swin import SlideSwin
+from .twins import TwinsPCPVT, TwinsSVT
 
-__all__ = ['SlidePVT', 'SlideSwin']
+__all__ = ['SlidePVT', 'SlideSwin', 'TwinsPCPVT', 'TwinsSVT']

@@ -1,3 +1,5 @@
+from typing import Any
+
 import torch.nn.functional as F
 from mmcv.cnn import build_norm_layer
 from mmcv.cnn.bricks import DropPath
@@ -8,11 +10,18 @@ from torch import Tensor, nn
 
 
 class PatchEmbed(MMCVPatchEmbed):
-    """mmcv's patch embedding from a channels-last map (B, H, W, C) to (B, H', W', embed_dims)."""
+    """mmcv's patch embedding from a channels-last map (B, H, W, C) to (B, H', W', embed_dims), and dropout."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def __init__(self, *args: Any, drop_rate: float = 0.0, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.drop = nn.Dropout(drop_rate)
+
+    def embed(self, x: Tensor) -> Tensor:
         tokens, size = super().forward(x.permute(0, 3, 1, 2))
         return tokens.unflatten(1, size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(self.embed(x))
 
 
 class PatchMerging(BaseModule):

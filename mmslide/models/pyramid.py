@@ -20,21 +20,30 @@ class Stage(BaseModule):
         embed: (B, H, W, C_in) to (B, H', W', C).
         norm: of the stage's map; None for none.
         norm_feeds_next: whether the next stage sees the normed map, or only the outputs are normed.
+        peg: a position encoding generator behind the first block, (B, H, W, C) to the same; None for none.
     """
 
     def __init__(
-        self, embed: nn.Module, blocks: Sequence[nn.Module], norm: nn.Module | None, norm_feeds_next: bool
+        self,
+        embed: nn.Module,
+        blocks: Sequence[nn.Module],
+        norm: nn.Module | None,
+        norm_feeds_next: bool,
+        peg: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.embed = embed
         self.blocks = ModuleList(blocks)
+        self.peg = nn.Identity() if peg is None else peg
         self.norm = nn.Identity() if norm is None else norm
         self.norm_feeds_next = norm_feeds_next
 
     def forward(self, x: Tensor, with_cp: bool) -> Tensor:
         x = self.embed(x)
-        for block in self.blocks:
+        for index, block in enumerate(self.blocks):
             x = checkpoint(block, x, use_reentrant=False) if with_cp and torch.is_grad_enabled() else block(x)
+            if index == 0:
+                x = self.peg(x)
         return self.norm(x) if self.norm_feeds_next else x
 
     def output(self, x: Tensor) -> Tensor:
@@ -156,5 +165,5 @@ def per_stage(name: str, value: int | Sequence[int], count: int) -> tuple[int, .
 
 def build_blocks(depths: Sequence[int], drop_path_rate: float, build: Callable[[int, int, float], nn.Module]) -> list:
     """For each stage its blocks: `build(stage, index, rate)`, the drop path rate rising linearly over all blocks."""
-    rates = iter(torch.linspace(0, drop_path_rate, sum(depths)).tolist())
+    rates = iter(torch.linspace(0, drop_path_rate, sum(depths), device='cpu').tolist())
     return [[build(stage, index, next(rates)) for index in range(depth)] for stage, depth in enumerate(depths)]

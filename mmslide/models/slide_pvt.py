@@ -115,14 +115,19 @@ class PositionedPatchEmbed(PatchEmbed):
         norm_cfg: dict,
     ) -> None:
         super().__init__(
-            in_channels, embed_dims, kernel_size=patch_size, stride=patch_size, padding=0, norm_cfg=norm_cfg
+            in_channels,
+            embed_dims,
+            kernel_size=patch_size,
+            stride=patch_size,
+            padding=0,
+            norm_cfg=norm_cfg,
+            drop_rate=drop_rate,
         )
         self.position_embedding = nn.Parameter(torch.zeros(1, *map_size, embed_dims))
-        self.drop = nn.Dropout(drop_rate)
         trunc_normal_(self.position_embedding, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = super().forward(x)
+        x = self.embed(x)
         position: Tensor = self.position_embedding
         if position.shape[1:3] != x.shape[1:3]:
             position = F.interpolate(position.permute(0, 3, 1, 2), size=x.shape[1:3], mode='bilinear').permute(

@@ -18,6 +18,28 @@ SWIN: Rules = [
     (r'^patch_embed\.proj\.', 'stages.0.embed.projection.'),
     (r'^patch_embed\.norm\.', 'stages.0.embed.norm.'),
 ]
+# Twins' layouts, theirs and ours: how keys begin, with # for any number; the first that fits is taken.
+TWINS: Rules = [
+    ('patch_embeds.#.proj.', 'stages.#.embed.projection.'),
+    ('patch_embeds.#.norm.', 'stages.#.embed.norm.'),
+    ('blocks.#.#.mlp.fc1.', 'stages.#.blocks.#.ffn.layers.0.0.'),
+    ('blocks.#.#.mlp.fc2.', 'stages.#.blocks.#.ffn.layers.1.'),
+    ('blocks.#.#.', 'stages.#.blocks.#.'),
+    ('pos_block.#.proj.0.', 'stages.#.peg.proj.'),
+    ('norm_list.#.', 'stages.#.norm.'),
+]
+MMSEG_TWINS: Rules = [
+    ('patch_embeds.#.', 'stages.#.embed.'),
+    ('layers.#.#.', 'stages.#.blocks.#.'),
+    ('position_encodings.#.', 'stages.#.peg.'),
+    ('norm_list.#.', 'stages.#.norm.'),
+]
+MMPRETRAIN_TWINS: Rules = [
+    ('patch_embeds.#.', 'stages.#.embed.'),
+    ('stages.#.#.', 'stages.#.blocks.#.'),
+    ('position_encodings.#.', 'stages.#.peg.'),
+    ('norm_after_stage#.', 'stages.#.norm.'),
+]
 COMPUTED = ('relative_position_index', 'attn_mask', 'dep_conv.weight')
 
 
@@ -33,6 +55,17 @@ def to_ours(state: StateDict) -> tuple[str, StateDict]:
     raise ValueError(
         f'the checkpoint has none of the layouts {list(LAYOUTS)}; its {len(state)} keys begin with {list(state)[:3]}'
     )
+
+
+def from_ours(state: StateDict, layout: str) -> StateDict:
+    """A state dict in our layout as one of `TARGETS`.
+
+    Raises:
+        ValueError: the layout is unknown, or has no place for such weights.
+    """
+    if layout not in TARGETS:
+        raise ValueError(f'weights can be turned into the layouts {list(TARGETS)}, got {layout!r}')
+    return TARGETS[layout](state)
 
 
 def _rename(state: StateDict, rules: Rules) -> StateDict:
@@ -156,6 +189,76 @@ def _mmdet_pvt(state: StateDict) -> StateDict:
     return _rename(out, rules)
 
 
+def _authors_twins(state: StateDict) -> StateDict:
+    """The authors' Twins, https://github.com/Meituan-AutoML/Twins: all their copies, and timm's."""
+    return {_replace_begin(key, TWINS): value for key, value in state.items()}
+
+
+def _mmseg_twins(state: StateDict) -> StateDict:
+    out = {}
+    for key, value in state.items():
+        key = _replace_begin(key, MMSEG_TWINS)
+        if '.attn.attn.in_proj_' in key:
+            dims = len(value) // 3
+            stem, part = key.split('attn.attn.in_proj_')
+            out[f'{stem}attn.q.{part}'], out[f'{stem}attn.kv.{part}'] = value[:dims], value[dims:]
+        else:
+            out[key.replace('.attn.attn.out_proj.', '.attn.proj.')] = value
+    return out
+
+
+def _mmpretrain_twins(state: StateDict) -> StateDict:
+    # An ImageNet classifier has one norm, behind the last stage, which is the authors' `norm`.
+    rules = (
+        MMPRETRAIN_TWINS
+        if 'norm_after_stage0.weight' in state
+        else [('norm_after_stage3.', 'norm.'), *MMPRETRAIN_TWINS]
+    )
+    return {_replace_begin(key, rules): value for key, value in state.items()}
+
+
+def _to_authors_twins(state: StateDict) -> StateDict:
+    _check_twins(state, 'authors')
+    rules = [(ours, theirs) for theirs, ours in TWINS]
+    return {_replace_begin(key, rules): value for key, value in state.items()}
+
+
+def _to_mmseg_twins(state: StateDict) -> StateDict:
+    _check_twins(state, 'mmseg')
+    rules = [(ours, theirs) for theirs, ours in MMSEG_TWINS]
+    out = {}
+    for key, value in state.items():
+        block, _, part = key.rpartition('.attn.')
+        if f'{block}.attn.q.weight' in state:  # GSA: there inside an nn.MultiheadAttention
+            if part.startswith('kv.'):
+                continue
+            if part.startswith('q.'):
+                value = torch.cat([value, state[key.replace('.attn.q.', '.attn.kv.')]])
+                key = key.replace('.attn.q.', '.attn.attn.in_proj_')
+            key = key.replace('.attn.proj.', '.attn.attn.out_proj.')
+        out[_replace_begin(key, rules)] = value
+    return out
+
+
+def _check_twins(state: StateDict, layout: str) -> None:
+    if not any(re.match(r'stages\.\d+\.peg\.', key) for key in state):
+        raise ValueError(f'only Twins can be turned into the layout {layout!r}, and these weights have no PEG')
+    slides = [key for key in state if key.endswith('.attn.deform_weight')]
+    if slides:
+        raise ValueError(f'the layout {layout!r} has no place for Slide Attention, but there is {slides[0]}')
+
+
+def _replace_begin(key: str, rules: Rules) -> str:
+    """The first rule whose left side begins the key replaces that by its right side, with the same numbers for #."""
+    for begin, replacement in rules:
+        match = re.match(re.escape(begin).replace(r'\#', r'(\d+)'), key)
+        if match:
+            for number in match.groups():
+                replacement = replacement.replace('#', number, 1)
+            return replacement + key[match.end() :]
+    return key
+
+
 # name: (a key that only this layout has, conversion); the first that fits is taken
 LAYOUTS: dict[str, tuple[str, Callable[[StateDict], StateDict]]] = {
     'mmslide': (r'^stages\.\d+\.embed\.', _ours),
@@ -164,4 +267,13 @@ LAYOUTS: dict[str, tuple[str, Callable[[StateDict], StateDict]]] = {
     "authors' Swin": (r'^layers\.\d+\.blocks\.\d+\.attn\.qkv\.weight$', _swin),
     'mmdet PVT': (r'^layers\.\d+\.1\.0\.pos_embed$', _mmdet_pvt),
     "authors' PVT": (r'^pos_embed1$', _pvt),
+    "authors' Twins": (r'^pos_block\.\d+\.proj\.0\.weight$', _authors_twins),
+    'mmseg Twins': (r'^layers\.\d+\.\d+\.ffn\.layers\.0\.0\.weight$', _mmseg_twins),
+    'mmpretrain Twins': (r'^stages\.\d+\.\d+\.ffn\.layers\.0\.0\.weight$', _mmpretrain_twins),
+}
+
+TARGETS: dict[str, Callable[[StateDict], StateDict]] = {
+    'mmslide': _ours,
+    'authors': _to_authors_twins,
+    'mmseg': _to_mmseg_twins,
 }

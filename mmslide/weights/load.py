@@ -1,12 +1,14 @@
 import argparse
 import io
-import pickle
 import re
 from collections import Counter, OrderedDict
+from collections.abc import Mapping, Sequence
 from typing import Any
+from urllib.error import URLError
 
 import torch
 import torch.nn.functional as F
+from mmengine import fileio
 from mmengine.logging import MMLogger
 from mmengine.runner.checkpoint import CheckpointLoader
 from rich.console import Console
@@ -33,9 +35,18 @@ def load_pretrained(model: nn.Module, checkpoint: str, prefix: str | None = None
         prefix: takes only the keys that begin with it. None finds 'backbone.' by itself.
 
     Raises:
-        ValueError: the file cannot be read, holds something else, or its shapes do not fit the model.
+        ValueError: the file cannot be read, holds something else, or weights of another host or another size.
+        ImportError: it is a .safetensors file, and the package safetensors is not installed.
     """
-    layout, state = to_ours(_strip(read_state_dict(checkpoint, map_location), prefix, checkpoint))
+    content = read_state_dict(checkpoint, map_location)
+    if prefix is None:
+        prefix = find_prefix(content)
+    elif prefix and not prefix.endswith('.'):
+        prefix += '.'
+    stripped = {key[len(prefix) :]: value for key, value in content.items() if key.startswith(prefix)}
+    if not stripped:
+        raise ValueError(f'no key of {checkpoint} begins with {prefix=}; the first ones are {list(content)[:3]}')
+    layout, state = to_ours(stripped)
     target = model.state_dict()
     state, resized = _fit(state, target)
 
@@ -48,55 +59,108 @@ def load_pretrained(model: nn.Module, checkpoint: str, prefix: str | None = None
         for key in target
         if key in state and state[key].shape != target[key].shape
     ]
-    if wrong or len(absent) > len(essential) // 2:
-        problem = (
-            f'{len(wrong)} shapes differ: {"; ".join(wrong[:3])}'
-            if wrong
-            else f'it lacks {len(absent)} of {len(essential)} parameters, {absent[:3]} among them'
-        )
+    foreign = sorted(_host_kinds(state) - _host_kinds(target))
+    if wrong or foreign or len(absent) > len(essential) // 2:
+        if wrong:
+            problem = f'{len(wrong)} shapes differ: {"; ".join(wrong[:3])}'
+        elif foreign:
+            problem = f'it has {foreign[0]}, which this model has not'
+        else:
+            problem = f'it lacks {len(absent)} of {len(essential)} parameters, {absent[:3]} among them'
         raise ValueError(
             f'{checkpoint} ({layout} layout) does not fit this {type(model).__name__}: {problem}. '
             'Check the arch and the host of the checkpoint.'
         )
     model.load_state_dict(state, strict=False)
-    _report(f'pretrained weights of {checkpoint}, {layout} layout', missing, unexpected, resized, alarming=bool(absent))
+    groups = {'missing, own initial value': missing, 'unexpected, not used': unexpected, 'resized': resized}
+    table = key_table(groups if missing or unexpected or resized else {'all keys match': ['']})
+    text = io.StringIO()
+    Console(file=text, width=140).print(table)
+    logger = MMLogger.get_current_instance()
+    log = logger.warning if absent else logger.info
+    log('pretrained weights of %s, %s layout\n%s', checkpoint, layout, text.getvalue())
 
 
 def read_state_dict(checkpoint: str, map_location: Any = 'cpu') -> StateDict:
-    """The tensors of a checkpoint file or URL, out of their wrappers.
+    """The tensors of a checkpoint file or URL, out of their wrappers 'state_dict', 'model' and 'module.'.
+
+    A name that ends in .safetensors is read as that format, everything else as torch's.
 
     Raises:
-        ValueError: the file cannot be read in torch's sandbox, or holds no state dict.
+        ValueError: the file cannot be read (in torch's sandbox), or holds no state dict.
+        ImportError: it is a .safetensors file, and the package safetensors is not installed.
     """
-    # What the authors' training scripts keep beside the weights; read as plain containers, here only.
-    harmless: list = [(OrderedDict, 'yacs.config.CfgNode'), (argparse.Namespace, 'argparse.Namespace')]
-    try:
-        with torch.serialization.safe_globals(harmless):
-            # torch.load inside, with weights_only=True as its default.
-            content = CheckpointLoader.load_checkpoint(checkpoint, map_location=map_location)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError) as error:
-        raise ValueError(
-            f'{checkpoint} is not a readable checkpoint (damaged, or more than weights): {error}'
-        ) from error
+    content = _read_safetensors(checkpoint) if is_safetensors(checkpoint) else _read_torch(checkpoint, map_location)
     for wrapper in ('state_dict', 'model'):
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
     if not isinstance(content, dict) or not any(isinstance(x, Tensor) for x in content.values()):
         raise ValueError(f'{checkpoint} holds no state dict, but {type(content).__name__}')
-    return {key: value for key, value in content.items() if isinstance(value, Tensor)}
-
-
-def _strip(state: StateDict, prefix: str | None, checkpoint: str) -> StateDict:
+    state = {key: value for key, value in content.items() if isinstance(value, Tensor)}
     if any(key.startswith('module.') for key in state):
         state = {key.removeprefix('module.'): value for key, value in state.items()}
-    if prefix is None:
-        prefix = 'backbone.' if any(key.startswith('backbone.') for key in state) else ''
-    elif prefix and not prefix.endswith('.'):
-        prefix += '.'
-    stripped = {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
-    if not stripped:
-        raise ValueError(f'no key of {checkpoint} begins with {prefix=}; the first ones are {list(state)[:3]}')
-    return stripped
+    return state
+
+
+def is_safetensors(path: str) -> bool:
+    return path.endswith('.safetensors')
+
+
+def import_safetensors(path: str) -> Any:
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError(f'{path} needs the package safetensors. Run: pip install safetensors') from error
+    return safetensors
+
+
+def find_prefix(state: StateDict) -> str:
+    """What the backbone's keys begin with."""
+    return 'backbone.' if any(key.startswith('backbone.') for key in state) else ''
+
+
+def key_table(groups: Mapping[str, Sequence[str]]) -> Table:
+    """For each group of keys one row for all that differ in their numbers only."""
+    table = Table()
+    for column in ('', 'keys', 'number'):
+        table.add_column(column)
+    for what, keys in groups.items():
+        for pattern, count in Counter(re.sub(r'\.\d+(?=\.)', '.*', key) for key in keys).items():
+            table.add_row(what, pattern, str(count) if pattern else '')
+        table.add_section()
+    return table
+
+
+def _read_safetensors(checkpoint: str) -> Any:
+    safetensors = import_safetensors(checkpoint)
+    try:
+        return safetensors.torch.load(fileio.get(checkpoint))
+    except safetensors.SafetensorError as error:
+        raise ValueError(f'{checkpoint} is not a readable checkpoint: {error}') from error
+
+
+def _read_torch(checkpoint: str, map_location: Any) -> Any:
+    # What the authors' training scripts keep beside the weights; read as plain containers, here only.
+    harmless: list = [(OrderedDict, 'yacs.config.CfgNode'), (argparse.Namespace, 'argparse.Namespace')]
+    try:
+        with torch.serialization.safe_globals(harmless):
+            # torch.load inside, with weights_only=True as its default.
+            return CheckpointLoader.load_checkpoint(checkpoint, map_location=map_location)
+    except (FileNotFoundError, PermissionError, URLError):
+        raise
+    except Exception as error:  # a damaged file can fail anywhere in the unpickler, in any way
+        raise ValueError(
+            f'{checkpoint} is not a readable checkpoint (damaged, or more than weights): {error}'
+        ) from error
+
+
+def _host_kinds(state: StateDict) -> set[str]:
+    """What tells one host's keys from another's: all but the token mixers, numbers aside."""
+    return {
+        re.sub(r'\d+', '*', key)
+        for key in state
+        if key.startswith('stages.') and '.attn.' not in key and not OPTIONAL.search(key)
+    }
 
 
 def _fit(state: StateDict, target: StateDict) -> tuple[StateDict, list[str]]:
@@ -143,20 +207,3 @@ def _resize_table(value: Tensor, count: int) -> Tensor:
         return value
     table = F.interpolate(value.t().unflatten(1, (old, old)).unsqueeze(0), size=(new, new), mode='bicubic')
     return table[0].flatten(1).t()
-
-
-def _report(title: str, missing: list[str], unexpected: list[str], resized: list[str], alarming: bool) -> None:
-    """One row for all keys that differ in stage and block numbers only."""
-    table = Table()
-    for column in ('', 'keys', 'number'):
-        table.add_column(column)
-    groups = {'missing, own initial value': missing, 'unexpected, not used': unexpected, 'resized': resized}
-    for what, keys in groups.items():
-        for pattern, count in Counter(re.sub(r'(stages|blocks|layers)\.\d+', r'\1.*', key) for key in keys).items():
-            table.add_row(what, pattern, str(count))
-    if not table.row_count:
-        table.add_row('all keys match', '', '')
-    text = io.StringIO()
-    Console(file=text, width=140).print(table)
-    logger = MMLogger.get_current_instance()
-    (logger.warning if alarming else logger.info)('%s\n%s', title, text.getvalue())

@@ -13,6 +13,7 @@ optim_wrapper = dict(
             'norm': dict(decay_mult=0.0),
             'relative_position_bias': dict(decay_mult=0.0),
             'position_embedding': dict(decay_mult=0.0),
+            'peg': dict(decay_mult=0.0),  # Twins' position encoding
         }
     ),
 )

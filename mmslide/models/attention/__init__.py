@@ -1,7 +1,8 @@
 """Token mixers: each takes a channels-last map (B, H, W, C) and returns one of the same shape."""
 
+from .locally_grouped import LocallyGroupedAttention
 from .slide import SlideAttention
 from .subsampled import SubsampledAttention
 from .window import WindowAttention
 
-__all__ = ['SlideAttention', 'SubsampledAttention', 'WindowAttention']
+__all__ = ['LocallyGroupedAttention', 'SlideAttention', 'SubsampledAttention', 'WindowAttention']

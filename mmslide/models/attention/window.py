@@ -5,7 +5,67 @@ from mmengine.model.weight_init import trunc_normal_
 from torch import Tensor, nn
 
 
-class WindowAttention(BaseModule):
+class Windowed(BaseModule):
+    """What every attention in windows of window_size × window_size pixels shares.
+
+    Raises:
+        ValueError: embed_dims is not divisible by num_heads, or window_size is not positive.
+    """
+
+    def __init__(
+        self,
+        embed_dims: int,
+        num_heads: int,
+        window_size: int,
+        qkv_bias: bool,
+        attn_drop_rate: float,
+        proj_drop_rate: float,
+        init_cfg: dict | list[dict] | None,
+    ) -> None:
+        super().__init__(init_cfg)
+        if embed_dims % num_heads:
+            raise ValueError(f'embed_dims must be divisible by num_heads, got {embed_dims=}, {num_heads=}')
+        if window_size < 1:
+            raise ValueError(f'window_size must be a positive number, got {window_size=}')
+        self.num_heads = num_heads
+        self.window_size = window_size
+        self.attn_drop_rate = attn_drop_rate
+        self.qkv = nn.Linear(embed_dims, 3 * embed_dims, bias=qkv_bias)
+        self.proj = nn.Linear(embed_dims, embed_dims)
+        self.proj_drop = nn.Dropout(proj_drop_rate)
+
+    def _pad(self, x: Tensor) -> Tensor:
+        """With zeros, right and bottom, to whole windows."""
+        size = self.window_size
+        return F.pad(x, (0, 0, 0, -x.shape[2] % size, 0, -x.shape[1] % size))
+
+    def _partition(self, x: Tensor) -> Tensor:
+        """(B, rows · size, columns · size, C) to (B · rows · columns, size, size, C)."""
+        size = self.window_size
+        return x.unflatten(2, (-1, size)).unflatten(1, (-1, size)).transpose(2, 3).flatten(0, 2)
+
+    def _attend_in_windows(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """Attention among the pixels of each window of a padded map (B, H, W, C), which stays as large."""
+        batch, rows, columns = x.shape[0], x.shape[1] // self.window_size, x.shape[2] // self.window_size
+        out = self._attend(self._partition(x), mask).unflatten(0, (batch, rows, columns))
+        return out.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+
+    def _attend(self, windows: Tensor, mask: Tensor | None) -> Tensor:
+        """Attention among all pixels of each map of (windows, h, w, C).
+
+        The mask broadcasts to (windows, heads, h·w, h·w): True for attend, or numbers to add to the logits.
+        """
+        count, height, width, channels = windows.shape
+        qkv = self.qkv(windows).view(count, height * width, 3, self.num_heads, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        if mask is not None and mask.is_floating_point():
+            mask = mask.to(q.dtype)
+        dropout_p = self.attn_drop_rate if self.training else 0.0
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p)
+        return out.transpose(1, 2).reshape(count, height, width, channels)
+
+
+class WindowAttention(Windowed):
     """Attention in (shifted) windows with a relative position bias: Swin (ICCV 2021, arXiv 2103.14030, section 3.2).
 
     A window that covers both axes of the map is neither shifted nor padded. Every other map is padded with zeros at its
@@ -35,18 +95,10 @@ class WindowAttention(BaseModule):
         proj_drop_rate: float = 0.0,
         init_cfg: dict | list[dict] | None = None,
     ) -> None:
-        super().__init__(init_cfg)
-        if embed_dims % num_heads:
-            raise ValueError(f'embed_dims must be divisible by num_heads, got {embed_dims=}, {num_heads=}')
+        super().__init__(embed_dims, num_heads, window_size, qkv_bias, attn_drop_rate, proj_drop_rate, init_cfg)
         if not 0 <= shift_size < window_size:
             raise ValueError(f'shift_size must be in [0, window_size), got {shift_size=}, {window_size=}')
-        self.num_heads = num_heads
-        self.window_size = window_size
         self.shift_size = shift_size
-        self.attn_drop_rate = attn_drop_rate
-        self.qkv = nn.Linear(embed_dims, 3 * embed_dims, bias=qkv_bias)
-        self.proj = nn.Linear(embed_dims, embed_dims)
-        self.proj_drop = nn.Dropout(proj_drop_rate)
         self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * window_size - 1) ** 2, num_heads))
         trunc_normal_(self.relative_position_bias_table, std=0.02)
         offset = torch.arange(window_size)
@@ -60,29 +112,17 @@ class WindowAttention(BaseModule):
             return self.proj_drop(self.proj(self._attend(x, self._bias(height, width))))
 
         size, shift = self.window_size, self.shift_size
-        x = F.pad(x, (0, 0, 0, -width % size, 0, -height % size))
-        batch, rows, columns = x.shape[0], x.shape[1] // size, x.shape[2] // size
+        x = self._pad(x)
         bias = self._bias(size, size)
         if shift:
             x = x.roll((-shift, -shift), dims=(1, 2))
             # (windows, 1, pixels, pixels) and (heads, pixels, pixels)
-            bias = (bias + self._shift_mask(rows, columns, x).unsqueeze(1)).repeat(batch, 1, 1, 1)
-        windows = x.unflatten(2, (columns, size)).unflatten(1, (rows, size)).transpose(2, 3).flatten(0, 2)
-        out = (
-            self._attend(windows, bias).unflatten(0, (batch, rows, columns)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
-        )
+            mask = self._shift_mask(x.shape[1] // size, x.shape[2] // size, x)
+            bias = (bias + mask.unsqueeze(1)).repeat(len(x), 1, 1, 1)
+        out = self._attend_in_windows(x, bias)
         if shift:
             out = out.roll((shift, shift), dims=(1, 2))
         return self.proj_drop(self.proj(out[:, :height, :width]))
-
-    def _attend(self, windows: Tensor, bias: Tensor) -> Tensor:
-        """Attention among all pixels of each map of (windows, h, w, C)."""
-        count, height, width, channels = windows.shape
-        qkv = self.qkv(windows).view(count, height * width, 3, self.num_heads, -1)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        dropout_p = self.attn_drop_rate if self.training else 0.0
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), dropout_p=dropout_p)
-        return out.transpose(1, 2).reshape(count, height, width, channels)
 
     def _bias(self, height: int, width: int) -> Tensor:
         """The relative position bias among the pixels of an h×w map inside one window: (heads, h·w, h·w)."""

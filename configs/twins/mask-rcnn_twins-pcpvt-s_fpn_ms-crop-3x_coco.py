@@ -1,0 +1,16 @@
+_base_ = [
+    '../_base_/models/mask-rcnn.py',
+    '../_base_/datasets/coco_instance_ms-crop.py',
+    '../_base_/schedules/swin_3x.py',
+    '../_base_/default_runtime_det.py',
+]
+pretrained = 'https://download.openmmlab.com/mmsegmentation/v0.5/pretrain/twins/pcpvt_small_20220308-e638c41c.pth'
+model = dict(
+    backbone=dict(
+        type='mmslide.TwinsPCPVT',
+        arch='small',
+        drop_path_rate=0.2,
+        init_cfg=dict(type='Pretrained', checkpoint=pretrained),
+    ),
+    neck=dict(in_channels=[64, 128, 320, 512]),
+)

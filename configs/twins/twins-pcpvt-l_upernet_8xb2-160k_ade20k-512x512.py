@@ -1,0 +1,3 @@
+_base_ = 'twins-pcpvt-s_upernet_8xb2-160k_ade20k-512x512.py'
+pretrained = 'https://download.openmmlab.com/mmsegmentation/v0.5/pretrain/twins/pcpvt_large_20220308-37579dc6.pth'
+model = dict(backbone=dict(arch='large', init_cfg=dict(checkpoint=pretrained)))

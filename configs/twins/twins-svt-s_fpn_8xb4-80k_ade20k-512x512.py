@@ -1,0 +1,6 @@
+_base_ = 'twins-pcpvt-s_fpn_8xb4-80k_ade20k-512x512.py'
+pretrained = 'https://download.openmmlab.com/mmsegmentation/v0.5/pretrain/twins/alt_gvt_small_20220308-7e1c3695.pth'
+model = dict(
+    backbone=dict(type='mmslide.TwinsSVT', init_cfg=dict(checkpoint=pretrained)),
+    neck=dict(in_channels=[64, 128, 256, 512]),
+)

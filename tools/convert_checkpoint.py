@@ -1,0 +1,29 @@
+"""Writes a checkpoint in another layout: `python tools/convert_checkpoint.py IN OUT --to authors`."""
+
+import argparse
+import sys
+
+from rich.console import Console
+
+from mmslide.weights import convert_checkpoint
+from mmslide.weights.layouts import TARGETS
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description='Write a checkpoint in another layout.')
+    parser.add_argument('checkpoint', metavar='IN', help='file or URL, in any layout that mmslide can start from')
+    parser.add_argument('out', metavar='OUT', help='file to write; NAME.safetensors for that format')
+    parser.add_argument(
+        '--to', choices=list(TARGETS), default='mmslide', help="of Twins' weights; other backbones go to mmslide only"
+    )
+    args = parser.parse_args()
+    try:
+        table = convert_checkpoint(args.checkpoint, args.out, args.to)
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        sys.exit(f'error: {error}')
+    print(f'{args.checkpoint} to {args.out}')
+    Console().print(table)
+
+
+if __name__ == '__main__':
+    main()
