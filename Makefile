@@ -2,8 +2,10 @@
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+DEMO := mask-rcnn_slide-pvt-mini_fpn_mini-coco.py
+DEMO_SEG := slide-swin-mini_upernet_mini-ade20k-128x128.py
 
-.PHONY: demo demo-seg test setup clean
+.PHONY: help demo demo-seg test setup clean
 .DEFAULT_GOAL := help
 
 help:
@@ -24,11 +26,21 @@ test: $(READY)
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -m '' -n 2 --durations 10
 
-demo: $(READY)
-	$(BIN)/python tools/demo.py detection
+# With --resume a demo that was interrupted goes on, and a finished one is only tested again.
+data/mini: | $(READY)
+	$(BIN)/python tools/make_mini_dataset.py data/mini
 
-demo-seg: $(READY)
-	$(BIN)/python tools/demo.py segmentation
+demo: data/mini
+	$(BIN)/mim train mmslide $(DEMO) --work-dir work_dirs/demo --resume
+	$(BIN)/mim test mmslide $(DEMO) --checkpoint "$$(cat work_dirs/demo/last_checkpoint)" \
+	    --work-dir work_dirs/demo/test --show-dir work_dirs/demo/pictures
+	@echo 'Ground truth and predictions side by side: work_dirs/demo/pictures'
+
+demo-seg: data/mini
+	$(BIN)/mim train mmslide $(DEMO_SEG) --work-dir work_dirs/demo-seg --resume
+	$(BIN)/mim test mmslide $(DEMO_SEG) --checkpoint "$$(cat work_dirs/demo-seg/last_checkpoint)" \
+	    --work-dir work_dirs/demo-seg/test --show-dir work_dirs/demo-seg/pictures
+	@echo 'Ground truth and predictions side by side: work_dirs/demo-seg/pictures'
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -147,8 +147,8 @@ Block = tuple[int, slice]  # an image of the batch and a range of its rows
 class _Taps:
     """The steps that forward and backward share, for one map size.
 
-    Blocks of channels are (rows, W, heads, d), of taps (rows, W, heads, k, k, d). Slots lead, (k², rows, W, heads): with
-    few of them a softmax over the last axis is 20 times slower.
+    Blocks of channels are (rows, W, heads, d), of taps (rows, W, heads, k, k, d). Slots lead, (k², rows, W, heads): a
+    softmax over the last axis, with so few of them, is 20 times slower.
     """
 
     def __init__(self, q: Tensor, weight: Tensor) -> None:

@@ -1,0 +1,134 @@
+# Mask R-CNN with a small Slide-PVT, trained from scratch on a CPU with drawn shapes:
+# `tools/make_mini_dataset.py data/mini`. For another data set in COCO's layout change data_root and nothing else.
+_base_ = ['../_base_/models/mask-rcnn.py', '../_base_/default_runtime_det.py']
+data_root = 'data/mini/coco/'
+image_scale = (128, 128)
+embed_dims = [48, 96, 160, 256]
+channels = 64
+
+model = dict(
+    backbone=dict(
+        type='mmslide.SlidePVT',
+        arch=dict(
+            embed_dims=embed_dims,
+            depths=[2, 2, 2, 2],
+            num_heads=[2, 4, 5, 8],
+            mlp_ratios=[4, 4, 4, 4],
+            sr_ratios=[8, 4, 2, 1],
+        ),
+        slide_stages=(0, 1, 2),
+        pretrain_img_size=image_scale,
+        drop_path_rate=0.0,
+        # At these widths the usual standard deviation of 0.02 starts slowly.
+        init_cfg=dict(type='Xavier', layer='Linear', distribution='uniform'),
+    ),
+    neck=dict(in_channels=embed_dims, out_channels=channels, num_outs=4, norm_cfg=dict(type='GN', num_groups=8)),
+    rpn_head=dict(
+        in_channels=channels,
+        feat_channels=channels,
+        anchor_generator=dict(scales=[6], strides=[4, 8, 16, 32]),
+    ),
+    # Light heads for few, small objects, whose masks do not depend on their class.
+    roi_head=dict(
+        bbox_roi_extractor=dict(roi_layer=dict(sampling_ratio=1), out_channels=channels, finest_scale=28),
+        bbox_head=dict(in_channels=channels, fc_out_channels=256, reg_class_agnostic=True),
+        mask_roi_extractor=dict(roi_layer=dict(sampling_ratio=1), out_channels=channels, finest_scale=28),
+        mask_head=dict(num_convs=2, in_channels=channels, conv_out_channels=32, class_agnostic=True),
+    ),
+    train_cfg=dict(
+        rpn=dict(sampler=dict(num=128)),
+        rpn_proposal=dict(nms_pre=200, max_per_img=100),
+        rcnn=dict(sampler=dict(num=32, pos_fraction=0.5)),
+    ),
+    test_cfg=dict(rpn=dict(nms_pre=200, max_per_img=100)),
+)
+
+train_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
+    dict(type='Resize', scale=image_scale, keep_ratio=True),
+    dict(type='RandomFlip', prob=[0.5, 0.25], direction=['horizontal', 'vertical']),
+    dict(type='PackDetInputs'),
+]
+test_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='Resize', scale=image_scale, keep_ratio=True),
+    dict(type='LoadAnnotations', with_bbox=True, with_mask=True),  # behind Resize: annotations keep their size
+    dict(type='PackDetInputs', meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor')),
+]
+tta_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(
+        type='TestTimeAug',
+        transforms=[
+            [dict(type='Resize', scale=(side, side), keep_ratio=True) for side in (128, 160)],
+            [dict(type='RandomFlip', prob=0.0), dict(type='RandomFlip', prob=1.0)],
+            [
+                dict(
+                    type='PackDetInputs',
+                    meta_keys=(
+                        *('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor'),
+                        *('flip', 'flip_direction'),
+                    ),
+                )
+            ],
+        ],
+    ),
+]
+
+train_dataloader = dict(
+    batch_size=4,
+    num_workers=1,
+    persistent_workers=True,
+    sampler=dict(type='DefaultSampler', shuffle=True),
+    batch_sampler=dict(type='AspectRatioBatchSampler'),
+    dataset=dict(
+        type='CocoDataset',
+        data_root=data_root,
+        ann_file='annotations/instances_train2017.json',
+        data_prefix=dict(img='train2017/'),
+        filter_cfg=dict(filter_empty_gt=True, min_size=32),
+        pipeline=train_pipeline,
+    ),
+)
+val_dataloader = dict(
+    batch_size=1,
+    num_workers=1,
+    persistent_workers=True,
+    drop_last=False,
+    sampler=dict(type='DefaultSampler', shuffle=False),
+    dataset=dict(
+        type='CocoDataset',
+        data_root=data_root,
+        ann_file='annotations/instances_val2017.json',
+        data_prefix=dict(img='val2017/'),
+        test_mode=True,
+        pipeline=test_pipeline,
+    ),
+)
+test_dataloader = val_dataloader
+val_evaluator = dict(
+    type='CocoMetric', ann_file=data_root + 'annotations/instances_val2017.json', metric=['bbox', 'segm']
+)
+test_evaluator = val_evaluator
+
+max_epochs = 7
+train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=max_epochs, val_interval=max_epochs)
+val_cfg = dict(type='ValLoop')
+test_cfg = dict(type='TestLoop')
+optim_wrapper = dict(
+    type='OptimWrapper',
+    optimizer=dict(type='AdamW', lr=4e-4, weight_decay=0.05),
+    paramwise_cfg=dict(
+        norm_decay_mult=0.0,
+        bias_decay_mult=0.0,
+        custom_keys=dict(position_embedding=dict(decay_mult=0.0)),
+    ),
+    clip_grad=dict(max_norm=5.0),
+)
+param_scheduler = [
+    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=100),
+    dict(type='CosineAnnealingLR', eta_min=0.0, by_epoch=True, begin=0, end=max_epochs, convert_to_iter_based=True),
+]
+auto_scale_lr = dict(enable=False, base_batch_size=4)
+randomness = dict(seed=0)

@@ -1,0 +1,96 @@
+# A light UperNet with a small Slide-Swin, trained from scratch on a CPU with drawn shapes:
+# `tools/make_mini_dataset.py data/mini`. For another data set in ADE20K's layout change data_root and nothing else.
+_base_ = ['../_base_/models/upernet.py', '../_base_/default_runtime_seg.py']
+data_root = 'data/mini/ade/'
+image_scale = (640, 160)  # the short side gets 160 pixels, the long one at most 640
+crop_size = (128, 128)
+embed_dims = [32, 64, 128, 192]
+
+model = dict(
+    data_preprocessor=dict(size=crop_size),
+    backbone=dict(
+        type='mmslide.SlideSwin',
+        arch=dict(embed_dims=embed_dims, depths=[1, 1, 2, 2], num_heads=[1, 2, 4, 6], mlp_ratios=[4, 4, 4, 4]),
+        drop_path_rate=0.0,
+        # At these widths the usual standard deviation of 0.02 starts slowly.
+        init_cfg=dict(type='Xavier', layer='Linear', distribution='uniform'),
+    ),
+    decode_head=dict(in_channels=embed_dims, channels=64, dropout_ratio=0.0, norm_cfg=dict(type='BN')),
+    auxiliary_head=None,
+)
+
+train_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='LoadAnnotations', reduce_zero_label=True),
+    dict(type='RandomResize', scale=image_scale, ratio_range=(0.8, 1.25), keep_ratio=True),
+    dict(type='RandomCrop', crop_size=crop_size),
+    dict(type='RandomFlip', prob=[0.5, 0.25], direction=['horizontal', 'vertical']),
+    dict(type='PackSegInputs'),
+]
+test_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='Resize', scale=image_scale, keep_ratio=True),
+    dict(type='LoadAnnotations', reduce_zero_label=True),  # behind Resize: annotations keep their size
+    dict(type='PackSegInputs'),
+]
+tta_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(
+        type='TestTimeAug',
+        transforms=[
+            [dict(type='Resize', scale=(4 * side, side), keep_ratio=True) for side in (128, 160, 192)],
+            [
+                dict(type='RandomFlip', prob=0.0, direction='horizontal'),
+                dict(type='RandomFlip', prob=1.0, direction='horizontal'),
+            ],
+            [dict(type='LoadAnnotations', reduce_zero_label=True)],
+            [dict(type='PackSegInputs')],
+        ],
+    ),
+]
+
+train_dataloader = dict(
+    batch_size=8,
+    num_workers=1,
+    persistent_workers=True,
+    sampler=dict(type='InfiniteSampler', shuffle=True),
+    dataset=dict(
+        type='ADE20KDataset',
+        data_root=data_root,
+        data_prefix=dict(img_path='images/training', seg_map_path='annotations/training'),
+        pipeline=train_pipeline,
+    ),
+)
+val_dataloader = dict(
+    batch_size=1,
+    num_workers=1,
+    persistent_workers=True,
+    sampler=dict(type='DefaultSampler', shuffle=False),
+    dataset=dict(
+        type='ADE20KDataset',
+        data_root=data_root,
+        data_prefix=dict(img_path='images/validation', seg_map_path='annotations/validation'),
+        pipeline=test_pipeline,
+    ),
+)
+test_dataloader = val_dataloader
+val_evaluator = dict(type='IoUMetric', iou_metrics=['mIoU'])
+test_evaluator = val_evaluator
+
+max_iters = 900
+train_cfg = dict(type='IterBasedTrainLoop', max_iters=max_iters, val_interval=max_iters)
+val_cfg = dict(type='ValLoop')
+test_cfg = dict(type='TestLoop')
+default_hooks = dict(checkpoint=dict(interval=300))
+optim_wrapper = dict(
+    type='OptimWrapper',
+    optimizer=dict(type='AdamW', lr=1e-3, weight_decay=0.05),
+    paramwise_cfg=dict(norm_decay_mult=0.0, bias_decay_mult=0.0),
+    clip_grad=dict(max_norm=5.0),
+)
+param_scheduler = [
+    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=50),
+    dict(type='CosineAnnealingLR', eta_min=0.0, by_epoch=False, begin=50, end=max_iters),
+]
+auto_scale_lr = dict(enable=False, base_batch_size=8)
+randomness = dict(seed=0)

@@ -1,0 +1,101 @@
+"""A wheel and an editable install, each in a fresh environment that shares the heavy packages, used through mim."""
+
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parent.parent
+CONFIG = 'mask-rcnn_slide-pvt-mini_fpn_mini-coco.py'
+ZOO_CONFIG = 'slide-pvt-t_fpn_8xb4-80k_ade20k-512x512.py'
+
+pytestmark = pytest.mark.slow
+
+
+def run(*command, cwd):
+    result = subprocess.run([str(x) for x in command], cwd=cwd, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, (result.stdout + result.stderr)[-5000:]
+    return result.stdout + result.stderr
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('data')
+    script = REPOSITORY / 'tools/make_mini_dataset.py'
+    run(sys.executable, script, 'mini', '--num-train', 4, '--num-val', 2, '--size', 64, cwd=folder)
+    return folder / 'mini/coco'
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """What a user has after cloning."""
+    folder = tmp_path / 'checkout'
+    left_out = shutil.ignore_patterns('.*', '__pycache__', 'build', 'data', 'work_dirs', '*.egg-info')
+    shutil.copytree(REPOSITORY, folder, ignore=left_out)
+    return folder
+
+
+@pytest.fixture
+def python(tmp_path):
+    """The interpreter of a new environment that sees this one's packages, but not its own mmslide first."""
+    folder = tmp_path / 'environment'
+    venv.create(folder, with_pip=False, symlinks=True)
+    paths = sysconfig.get_paths(vars=dict(base=str(folder), platbase=str(folder)))
+    Path(paths['purelib'], 'shared.pth').write_text(sysconfig.get_paths()['purelib'] + '\n')
+    return folder / 'bin/python'
+
+
+def install(python, *what, cwd):
+    run(python, '-m', 'pip', 'install', '--no-build-isolation', '--no-deps', '--no-index', *what, cwd=cwd)
+
+
+def use(python, data, folder, train_config, test_config, get_flops_config):
+    """Train, test, count and search through mim, from a folder that knows nothing of the checkout."""
+    folder.mkdir()
+    options = ['--cfg-options', f'data_root={data}', 'train_cfg.max_epochs=1', 'train_dataloader.batch_size=2']
+    mim = [python, '-m', 'mim']
+    output = run(*mim, 'train', 'mmslide', train_config, '--work-dir', 'work', *options, cwd=folder)
+    assert 'Training finished successfully' in output
+    checkpoint = ['--checkpoint', 'work/epoch_1.pth', '--work-dir', 'test']
+    output = run(*mim, 'test', 'mmslide', test_config, *checkpoint, *options[:2], cwd=folder)
+    assert 'Testing finished successfully' in output
+    assert 'multiply-adds' in run(*mim, 'run', 'mmslide', 'get_flops', get_flops_config, cwd=folder)
+    assert ZOO_CONFIG[:-3] in run(*mim, 'search', 'mmslide', '--model', 'Slide-PVT', cwd=folder)
+
+
+def test_wheel(checkout, python, data, tmp_path):
+    wheels = tmp_path / 'wheels'
+    build = ['-m', 'pip', 'wheel', '--no-build-isolation', '--no-deps', '--no-index', '-w', wheels, '.']
+    run(sys.executable, *build, cwd=checkout)
+    (wheel,) = wheels.iterdir()
+    install(python, wheel, cwd=tmp_path)
+    shutil.rmtree(checkout)
+    where = run(python, '-c', 'import mmslide; print(mmslide.__file__)', cwd=tmp_path)
+    assert str(tmp_path / 'environment') in where
+    mim = Path(where.strip().splitlines()[-1]).parent / '.mim'
+    assert not (mim / 'tools/setup_env.sh').exists()
+    assert (mim / 'tools/dist_train.sh').exists()
+    zoo_config = mim / 'configs/slide_pvt' / ZOO_CONFIG
+    use(python, data, tmp_path / 'folder', CONFIG, mim / 'configs/mini' / CONFIG, zoo_config)
+
+
+def test_editable_install(checkout, python, data, tmp_path):
+    install(python, '-e', checkout, cwd=tmp_path)
+    where = run(python, '-c', 'import mmslide; print(mmslide.__file__)', cwd=tmp_path)
+    assert str(checkout / 'mmslide') in where
+    # An edited config is the one that runs.
+    config = checkout / 'configs/mini' / CONFIG
+    config.write_text(config.read_text() + "\nexperiment_name = 'edited'\n")
+    zoo_config = checkout / 'configs/slide_pvt' / ZOO_CONFIG
+    use(python, data, tmp_path / 'folder', config, CONFIG, zoo_config)
+    assert 'edited' in (tmp_path / 'folder/work' / CONFIG).read_text()
+    listed = run(python, '-m', 'pip', 'uninstall', '-y', 'mmslide', cwd=tmp_path)
+    assert 'Successfully uninstalled' in listed
+    installed = tmp_path / 'environment'
+    assert not [
+        path for path in installed.rglob('*') if path.is_file() and 'mmslide' in str(path.relative_to(installed))
+    ]

@@ -1,0 +1,241 @@
+"""What users do with a trained model's whole life, in processes of their own, on a small generated data set."""
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import pytest
+import torch
+
+REPOSITORY = Path(__file__).parent.parent
+DETECTOR = REPOSITORY / 'configs/mini/mask-rcnn_slide-pvt-mini_fpn_mini-coco.py'
+SEGMENTOR = next((REPOSITORY / 'configs/mini').glob('slide-swin-mini_upernet_*.py'))
+VAL_IMAGES = 6
+
+pytestmark = pytest.mark.slow
+
+
+def run(*command, check=True, **kwargs):
+    result = subprocess.run([str(x) for x in command], capture_output=True, text=True, timeout=600, **kwargs)
+    output = result.stdout + result.stderr
+    assert not check or result.returncode == 0, output[-6000:]
+    return output if check else (result.returncode, output)
+
+
+def tool(name, *arguments, **kwargs):
+    return run(sys.executable, REPOSITORY / 'tools' / f'{name}.py', *arguments, **kwargs)
+
+
+@pytest.fixture(scope='session')
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('data') / 'mini'
+    tool('make_mini_dataset', folder, '--num-train', 8, '--num-val', VAL_IMAGES, '--size', 64)
+    return folder
+
+
+@pytest.fixture(scope='session')
+def detection(data):
+    """Options that make the detection config small and quick."""
+    loaders = [f'{split}_dataloader.num_workers=0' for split in ('train', 'val', 'test')]
+    loaders += [f'{split}_dataloader.persistent_workers=False' for split in ('train', 'val', 'test')]
+    hooks = ['default_hooks.logger.interval=1']
+    return ['--cfg-options', f'data_root={data}/coco', *loaders, *hooks, 'train_dataloader.batch_size=4']
+
+
+@pytest.fixture(scope='session')
+def segmentation(data):
+    loaders = [f'{split}_dataloader.num_workers=0' for split in ('train', 'val', 'test')]
+    loaders += [f'{split}_dataloader.persistent_workers=False' for split in ('train', 'val', 'test')]
+    loop = ['train_cfg.max_iters=3', 'train_cfg.val_interval=3', 'default_hooks.checkpoint.interval=3']
+    return ['--cfg-options', f'data_root={data}/ade', *loaders, *loop, 'train_dataloader.batch_size=2']
+
+
+@pytest.fixture(scope='session')
+def detector(detection, tmp_path_factory):
+    """A checkpoint of two epochs, trained with options that need a GPU."""
+    work_dir = tmp_path_factory.mktemp('detector')
+    options = [*detection, 'train_cfg.max_epochs=2']
+    output = tool('train', DETECTOR, '--work-dir', work_dir, '--amp', '--auto-scale-lr', *options)
+    assert 'no GPU: training in float32 instead of mixed precision' in output or torch.cuda.is_available()
+    assert 'LR is set based on batch size' in output
+    assert 'loss_mask' in output
+    return work_dir / 'epoch_2.pth'
+
+
+@pytest.fixture(scope='session')
+def segmentor(segmentation, tmp_path_factory):
+    work_dir = tmp_path_factory.mktemp('segmentor')
+    output = tool('train', SEGMENTOR, '--work-dir', work_dir, *segmentation, 'model.decode_head.norm_cfg.type=SyncBN')
+    assert 'no GPU: BN instead of SyncBN' in output or torch.cuda.is_available()
+    assert 'mIoU' in output
+    return work_dir / 'iter_3.pth'
+
+
+def test_detector_is_tested_dumped_and_drawn(detector, detection, tmp_path):
+    show = ['--show-dir', tmp_path / 'pictures', '--out', tmp_path / 'out.pkl', '--work-dir', tmp_path]
+    output = tool('test', DETECTOR, detector, *show, *detection, 'model.test_cfg.rcnn.score_thr=0.0')
+    assert 'segm_mAP_50' in output
+    predictions = pickle.loads((tmp_path / 'out.pkl').read_bytes())
+    assert len(predictions) == VAL_IMAGES
+    assert all('masks' in x['pred_instances'] for x in predictions)
+    pictures = sorted((tmp_path / 'pictures').glob('*'))
+    assert len(pictures) == VAL_IMAGES
+    height, width = cv2.imread(str(pictures[0])).shape[:2]
+    assert width == 2 * height  # square images, ground truth and prediction side by side
+
+
+def test_test_time_augmentation(detector, segmentor, detection, segmentation, tmp_path):
+    options = [*detection, 'model.test_cfg.rcnn.score_thr=0.0']  # hardly trained, it is sure of nothing
+    output = tool('test', DETECTOR, detector, '--tta', '--work-dir', tmp_path, *options)
+    assert 'bbox_mAP' in output
+    assert '--tta: mmdet merges boxes but no masks' in output
+    output = tool('test', SEGMENTOR, segmentor, '--tta', '--work-dir', tmp_path, *segmentation)
+    assert 'mIoU' in output
+
+
+def test_segmentor_is_tested_written_and_drawn(segmentor, segmentation, tmp_path):
+    show = ['--show-dir', tmp_path / 'pictures', '--out', tmp_path / 'maps', '--work-dir', tmp_path]
+    output = tool('test', SEGMENTOR, segmentor, *show, *segmentation)
+    assert 'mIoU' in output
+    maps = sorted((tmp_path / 'maps').glob('*.png'))
+    assert len(maps) == VAL_IMAGES
+    assert cv2.imread(str(maps[0]), cv2.IMREAD_UNCHANGED).shape == (64, 64)
+    assert len(list((tmp_path / 'pictures').rglob('*.png'))) == VAL_IMAGES
+
+
+def test_apis_of_mmdet_and_mmseg(detector, segmentor, data):
+    """In one process of its own: the inferencers set global state."""
+    script = f"""
+from mmdet.apis import DetInferencer, inference_detector, init_detector
+images = sorted({str(data)!r} + '/coco/val2017/' + x for x in __import__('os').listdir({str(data)!r} + '/coco/val2017'))
+config, checkpoint = {str(DETECTOR)!r}, {str(detector)!r}
+model = init_detector(config, checkpoint, device='cpu')
+assert inference_detector(model, images[0]).pred_instances.masks.shape[1:] == (64, 64)
+result = DetInferencer(config, checkpoint, device='cpu', show_progress=False)(images[:2])
+assert len(result['predictions']) == 2
+from mmseg.apis import MMSegInferencer
+segment = MMSegInferencer({str(SEGMENTOR)!r}, {str(segmentor)!r}, device='cpu')
+assert segment(images[0])['predictions'].shape == (64, 64)
+print('all three work')
+"""
+    assert 'all three work' in run(sys.executable, '-c', script)
+
+
+# Imported by the training process through custom_imports: dies at a chosen moment, as a machine does.
+KILL = """
+import os, signal
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+from mmengine.fileio import LocalBackend
+
+@HOOKS.register_module()
+class KillHook(Hook):
+    def __init__(self, iteration=None, save=None):
+        self.iteration, self.save = iteration, save
+
+    def before_run(self, runner):
+        if self.save is None:
+            return
+        def put(backend, content, path):
+            if not str(path).endswith(self.save):
+                return original(backend, content, path)
+            with open(path, 'wb') as file:
+                file.write(content[: len(content) // 2])
+                file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        original, LocalBackend.put = LocalBackend.put, put
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        if self.iteration is not None and runner.iter + 1 == self.iteration:
+            os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize(
+    ('moment', 'whole'),
+    [(dict(iteration=5), 2), (dict(save='epoch_2.pth'), 1)],
+    ids=['between saves', 'while saving'],
+)
+def test_training_killed_and_resumed(moment, whole, detection, tmp_path):
+    (tmp_path / 'kill.py').write_text(KILL)
+    config = tmp_path / 'killed.py'
+    config.write_text(
+        f'_base_ = {str(DETECTOR)!r}\n'
+        "custom_imports = dict(imports=['mmslide', 'kill'], allow_failed_imports=False)\n"
+        f"custom_hooks = [dict(type='KillHook', **{moment})]\n"
+    )
+    work_dir = tmp_path / 'work'
+    options = ['--work-dir', work_dir, *detection, 'train_cfg.max_epochs=3', 'train_cfg.val_interval=9']
+    environment = {**os.environ, 'PYTHONPATH': str(tmp_path)}
+    code, output = tool('train', config, *options, check=False, env=environment)
+    assert code == -signal.SIGKILL, output[-3000:]
+    assert not (work_dir / 'epoch_3.pth').exists()
+
+    output = tool('train', DETECTOR, '--resume', *options)
+    assert f'resumed epoch: {whole}' in output
+    assert ('epoch_2.pth is incomplete' in output) == (whole == 1)
+    assert torch.load(work_dir / 'epoch_3.pth', weights_only=True)['meta']['epoch'] == 3
+
+
+def test_two_processes_on_a_cpu(detection, tmp_path):
+    environment = {**os.environ, 'PATH': os.pathsep.join([str(Path(sys.executable).parent), os.environ['PATH']])}
+    command = [REPOSITORY / 'tools/dist_train.sh', DETECTOR, 2, '--work-dir', tmp_path / 'work', *detection]
+    environment['PORT'] = '29611'
+    output = run(*command, 'train_cfg.max_epochs=1', env=environment)
+    assert 'no GPU: the processes talk through gloo' in output or torch.cuda.is_available()
+    checkpoint = tmp_path / 'work/epoch_1.pth'
+    assert checkpoint.exists()
+    # 8 images in batches of 4 from each of two processes: one iteration.
+    assert '[1/1]' in output
+
+    test = [REPOSITORY / 'tools/dist_test.sh', DETECTOR, checkpoint, 2, '--work-dir', tmp_path / 'test', *detection]
+    environment['PORT'] = '29612'
+    assert f'[{VAL_IMAGES // 2}/{VAL_IMAGES // 2}]' in run(*test, env=environment)
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        (
+            ['data_root=/nowhere'],
+            'FileNotFoundError: /nowhere/annotations/instances_train2017.json, which train_dataloader',
+        ),
+        (
+            ['model.backbone.arch=huge'],
+            "arch must be one of ['tiny', 'small', 'medium', 'large'] or a dict, got arch='huge'",
+        ),
+        (['model.backbone.slide_stages=[0,7]'], 'slide_stages must be a list of different stages from 0 to 3'),
+        (['modle.backbone.arch=tiny'], "has no 'modle'; did you mean 'model'?"),
+    ],
+)
+def test_one_clear_error(options, message, detection, tmp_path):
+    marker = tmp_path / 'work/epoch_1.pth'
+    marker.parent.mkdir()
+    marker.write_text('an earlier training')
+    code, output = tool('train', DETECTOR, '--work-dir', marker.parent, *detection, *options, check=False)
+    assert code == 1
+    assert message in output.strip().splitlines()[-1]
+    assert marker.read_text() == 'an earlier training'
+
+
+def test_truncated_checkpoint_is_one_clear_error(detector, detection, tmp_path):
+    broken = tmp_path / 'epoch_1.pth'
+    broken.write_bytes(detector.read_bytes()[:-1000])
+    options = ['--work-dir', tmp_path / 'work', *detection]
+    config = tmp_path / 'pretrained.py'
+    init_cfg = f"dict(_delete_=True, type='Pretrained', checkpoint={str(broken)!r})"
+    config.write_text(f'_base_ = {str(DETECTOR)!r}\nmodel = dict(backbone=dict(init_cfg={init_cfg}))\n')
+    for command in (
+        ['test', DETECTOR, broken, *options],
+        ['train', DETECTOR, '--resume', broken, *options],
+        ['train', config, *options],
+    ):
+        code, output = tool(*command, check=False)
+        assert code == 1
+        last = output.strip().splitlines()[-1]
+        assert str(broken) in last
+        assert 'damaged' in last
