@@ -1,6 +1,10 @@
 # Mask R-CNN with a small Slide-PVT, trained from scratch on a CPU with drawn shapes:
 # `tools/make_mini_dataset.py data/mini`. For another data set in COCO's layout change data_root and nothing else.
-_base_ = ['../_base_/models/mask-rcnn.py', '../_base_/default_runtime_det.py']
+_base_ = [
+    '../_base_/models/mask-rcnn.py',
+    '../_base_/datasets/coco_instance.py',
+    '../_base_/default_runtime_det.py',
+]
 data_root = 'data/mini/coco/'
 image_scale = (128, 128)
 embed_dims = [48, 96, 160, 256]
@@ -79,37 +83,11 @@ tta_pipeline = [
 train_dataloader = dict(
     batch_size=4,
     num_workers=1,
-    persistent_workers=True,
-    sampler=dict(type='DefaultSampler', shuffle=True),
-    batch_sampler=dict(type='AspectRatioBatchSampler'),
-    dataset=dict(
-        type='CocoDataset',
-        data_root=data_root,
-        ann_file='annotations/instances_train2017.json',
-        data_prefix=dict(img='train2017/'),
-        filter_cfg=dict(filter_empty_gt=True, min_size=32),
-        pipeline=train_pipeline,
-    ),
+    dataset=dict(data_root=data_root, pipeline=train_pipeline),
 )
-val_dataloader = dict(
-    batch_size=1,
-    num_workers=1,
-    persistent_workers=True,
-    drop_last=False,
-    sampler=dict(type='DefaultSampler', shuffle=False),
-    dataset=dict(
-        type='CocoDataset',
-        data_root=data_root,
-        ann_file='annotations/instances_val2017.json',
-        data_prefix=dict(img='val2017/'),
-        test_mode=True,
-        pipeline=test_pipeline,
-    ),
-)
+val_dataloader = dict(num_workers=1, dataset=dict(data_root=data_root, pipeline=test_pipeline))
 test_dataloader = val_dataloader
-val_evaluator = dict(
-    type='CocoMetric', ann_file=data_root + 'annotations/instances_val2017.json', metric=['bbox', 'segm']
-)
+val_evaluator = dict(ann_file=data_root + 'annotations/instances_val2017.json')
 test_evaluator = val_evaluator
 
 max_epochs = 7

@@ -1,6 +1,6 @@
 # A light UperNet with a small Slide-Swin, trained from scratch on a CPU with drawn shapes:
 # `tools/make_mini_dataset.py data/mini`. For another data set in ADE20K's layout change data_root and nothing else.
-_base_ = ['../_base_/models/upernet.py', '../_base_/default_runtime_seg.py']
+_base_ = ['../_base_/models/upernet.py', '../_base_/datasets/ade20k.py', '../_base_/default_runtime_seg.py']
 data_root = 'data/mini/ade/'
 image_scale = (640, 160)  # the short side gets 160 pixels, the long one at most 640
 crop_size = (128, 128)
@@ -52,30 +52,10 @@ tta_pipeline = [
 train_dataloader = dict(
     batch_size=8,
     num_workers=1,
-    persistent_workers=True,
-    sampler=dict(type='InfiniteSampler', shuffle=True),
-    dataset=dict(
-        type='ADE20KDataset',
-        data_root=data_root,
-        data_prefix=dict(img_path='images/training', seg_map_path='annotations/training'),
-        pipeline=train_pipeline,
-    ),
+    dataset=dict(data_root=data_root, pipeline=train_pipeline),
 )
-val_dataloader = dict(
-    batch_size=1,
-    num_workers=1,
-    persistent_workers=True,
-    sampler=dict(type='DefaultSampler', shuffle=False),
-    dataset=dict(
-        type='ADE20KDataset',
-        data_root=data_root,
-        data_prefix=dict(img_path='images/validation', seg_map_path='annotations/validation'),
-        pipeline=test_pipeline,
-    ),
-)
+val_dataloader = dict(num_workers=1, dataset=dict(data_root=data_root, pipeline=test_pipeline))
 test_dataloader = val_dataloader
-val_evaluator = dict(type='IoUMetric', iou_metrics=['mIoU'])
-test_evaluator = val_evaluator
 
 max_iters = 900
 train_cfg = dict(type='IterBasedTrainLoop', max_iters=max_iters, val_interval=max_iters)
