@@ -192,7 +192,8 @@ def set_resume(config: Config, resume: str) -> None:
             warnings.warn(f'--resume: no whole checkpoint in {config.work_dir}, training starts anew', stacklevel=2)
             return
         resume = found
-    check_checkpoint(resume)
+    else:
+        check_checkpoint(resume)
     config.resume, config.load_from = True, resume
 
 
