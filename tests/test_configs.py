@@ -21,7 +21,7 @@ VARIABLES = {
     *('dataset_type', 'data_root', 'image_scale', 'crop_size', 'meta_keys'),
     *('train_pipeline', 'test_pipeline', 'tta_pipeline', 'short_sides', 'multi_scale_crop'),
     *('max_epochs', 'max_iters', 'warmup_iters', 'pretrained'),
-    *('num_classes', 'rpn_nms', 'boxes', 'norm_cfg'),
+    *('num_classes', 'rpn_nms', 'boxes', 'norm_cfg', 'iou_thresholds', 'target_stds'),
 }
 KNOWN_KEYS = set(inspect.signature(Runner.__init__).parameters) | {'custom_imports', 'tta_model'} | VARIABLES
 
@@ -145,6 +145,10 @@ def test_settings():
     assert settings('mask-rcnn_slide-pvt-s_fpn_1x_coco') == (2e-4, 1e-4, 0.2, full)
     assert settings('mask-rcnn_slide-pvt-m_fpn_1x_coco') == (2e-4, 1e-4, 0.2, full)
     assert settings('mask-rcnn_slide-swin-t_fpn_ms-crop-3x_coco') == (1e-4, 0.05, 0.2, amp)
+    for size, drop_path in dict(t=0.2, s=0.2, b=0.4).items():
+        assert settings(f'cascade-mask-rcnn_slide-swin-{size}_fpn_ms-crop-3x_coco') == (1e-4, 0.05, drop_path, amp)
+    for size, drop_path in dict(t=0.1, s=0.2, m=0.2).items():
+        assert settings(f'retinanet_slide-pvt-{size}_fpn_1x_coco') == (1e-4, 1e-4, drop_path, full)
     for size in 'ts':
         assert settings(f'slide-pvt-{size}_fpn_8xb4-80k_ade20k-512x512') == (1e-4, 1e-4, 0.2, full)
         assert settings(f'slide-swin-{size}_upernet_8xb2-160k_ade20k-512x512') == (6e-5, 0.01, 0.3, full)

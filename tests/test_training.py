@@ -14,6 +14,8 @@ import torch
 REPOSITORY = Path(__file__).parent.parent
 DETECTOR = REPOSITORY / 'configs/mini/mask-rcnn_slide-pvt-mini_fpn_mini-coco.py'
 SEGMENTOR = next((REPOSITORY / 'configs/mini').glob('slide-swin-mini_upernet_*.py'))
+TWINS_DETECTOR = REPOSITORY / 'configs/mini/mask-rcnn_twins-svt-mini_fpn_mini-coco.py'
+TWINS_SEGMENTOR = next((REPOSITORY / 'configs/mini').glob('twins-pcpvt-mini_upernet_*.py'))
 VAL_IMAGES = 6
 
 pytestmark = pytest.mark.slow
@@ -179,6 +181,25 @@ def test_training_killed_and_resumed(moment, whole, detection, tmp_path):
     assert f'resumed epoch: {whole}' in output
     assert ('epoch_2.pth is incomplete' in output) == (whole == 1)
     assert torch.load(work_dir / 'epoch_3.pth', weights_only=True)['meta']['epoch'] == 3
+
+
+@pytest.mark.parametrize('task', ['detection', 'segmentation'])
+def test_twins_trained_resumed_and_tested(task, request, tmp_path):
+    options = request.getfixturevalue(task)
+    if task == 'detection':
+        options = [*options, 'model.test_cfg.rcnn.score_thr=0.0']  # hardly trained, it is sure of nothing
+        config, first, resumed, metric = TWINS_DETECTOR, 'epoch_1.pth', 'epoch: 1, iter: 2', 'segm_mAP_50'
+        more = ['train_cfg.max_epochs={}', 'train_cfg.val_interval=9']
+    else:
+        config, first, resumed, metric = TWINS_SEGMENTOR, 'iter_1.pth', 'epoch: 0, iter: 1', 'mIoU'
+        more = ['train_cfg.max_iters={}', 'train_cfg.val_interval=9', 'default_hooks.checkpoint.interval=1']
+    train = ['train', config, '--work-dir', tmp_path, *options]
+    tool(*train, *(x.format(1) for x in more))
+    assert (tmp_path / first).exists()
+    second = tmp_path / first.replace('1', '2')
+    assert not second.exists()
+    assert f'resumed {resumed}' in tool(*train, *(x.format(2) for x in more), '--resume')
+    assert metric in tool('test', config, second, '--work-dir', tmp_path / 'test', *options)
 
 
 def test_two_processes_on_a_cpu(detection, tmp_path):

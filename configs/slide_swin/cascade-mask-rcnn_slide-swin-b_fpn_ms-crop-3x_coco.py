@@ -1,0 +1,6 @@
+_base_ = 'cascade-mask-rcnn_slide-swin-t_fpn_ms-crop-3x_coco.py'
+pretrained = 'https://github.com/SwinTransformer/storage/releases/download/v1.0.0/swin_base_patch4_window7_224.pth'
+model = dict(
+    backbone=dict(arch='base', drop_path_rate=0.4, init_cfg=dict(checkpoint=pretrained)),
+    neck=dict(in_channels=[128, 256, 512, 1024]),
+)
