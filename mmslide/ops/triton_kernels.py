@@ -26,8 +26,6 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-# A tile's k×k neighbours overlap least in a square; 64 rows are what one warp group's matrix instruction takes.
-TILE_HEIGHT, TILE_WIDTH = 8, 8
 # Of `_parameter_kernel`: some for each multiprocessor of a large GPU. Each has (d, k²) float32 sums of its own.
 PARAMETER_PROGRAMS = 1024
 
@@ -103,7 +101,7 @@ def _forward_kernel(
     TILE_HEIGHT: tl.constexpr, TILE_WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     start, y, x = _place(tl.program_id(0), height, width, TILE_HEIGHT, TILE_WIDTH)
-    head = tl.program_id(1)
+    head = tl.program_id(1).to(tl.int64)
     TAPS: tl.constexpr = KERNEL_SIZE * KERNEL_SIZE
     channel, slot = tl.arange(0, CHANNELS), tl.arange(0, SLOTS)
     channels, slots = channel[None, :] < HEAD_DIMS, slot[None, :] < TAPS
@@ -131,7 +129,7 @@ def _query_kernel(
 ):  # fmt: skip
     """Writes the attention after dropout and the gradient before the scale and the rpb are taken off."""
     start, y, x = _place(tl.program_id(0), height, width, TILE_HEIGHT, TILE_WIDTH)
-    head = tl.program_id(1)
+    head = tl.program_id(1).to(tl.int64)
     TAPS: tl.constexpr = KERNEL_SIZE * KERNEL_SIZE
     channel, slot = tl.arange(0, CHANNELS), tl.arange(0, SLOTS)
     channels, slots = channel[None, :] < HEAD_DIMS, slot[None, :] < TAPS
@@ -176,7 +174,7 @@ def _key_value_kernel(
     TILE_HEIGHT: tl.constexpr, TILE_WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     start, y, x = _place(tl.program_id(0), height, width, TILE_HEIGHT, TILE_WIDTH)
-    head = tl.program_id(1)
+    head = tl.program_id(1).to(tl.int64)
     TAPS: tl.constexpr = KERNEL_SIZE * KERNEL_SIZE
     channel, slot = tl.arange(0, CHANNELS), tl.arange(0, SLOTS)
     channels, slots = channel[None, :] < HEAD_DIMS, slot[None, :] < TAPS
@@ -216,7 +214,7 @@ def _parameter_kernel(
     sums = tl.zeros((CHANNELS, SLOTS), tl.float32)
     for item in range(tl.program_id(1), tiles * heads, tl.num_programs(1)):
         start, y, x = _place(item // heads, height, width, TILE_HEIGHT, TILE_WIDTH)
-        head = item % heads
+        head = (item % heads).to(tl.int64)
         columns = head * head_stride + channel[None, :]
         own_columns = head * HEAD_DIMS + channel[None, :]
         slot_columns = head * TAPS + slot[None, :]
@@ -310,7 +308,11 @@ class _Launch:
         self.kernels = weight.new_zeros(slots + 1, channels, padded_slots)
         self.kernels[:slots, :head_dims, :slots] = weight.flatten(2).permute(2, 0, 1)
         self.kernels[slots, :head_dims, :slots] = bias
-        self.tiles = batch * triton.cdiv(height, TILE_HEIGHT) * triton.cdiv(width, TILE_WIDTH)
+        single = q.dtype == torch.float32
+        # A matrix instruction of a warp group takes 64 pixels. More registers than that leaves are needed for long
+        # channels, and for float32, whose products run without tensor cores.
+        tile_height, tile_width = (4, 8) if single or channels > 64 else (8, 8)
+        self.tiles = batch * triton.cdiv(height, tile_height) * triton.cdiv(width, tile_width)
         self.grid = (self.tiles, heads)
         self.sizes = (heads, height, width, *self.maps[0].stride()[:2])
         self.constants = dict(
@@ -318,10 +320,11 @@ class _Launch:
             CHANNELS=channels,
             KERNEL_SIZE=kernel_size,
             SLOTS=padded_slots,
-            TILE_HEIGHT=TILE_HEIGHT,
-            TILE_WIDTH=TILE_WIDTH,
-            PRECISION='ieee' if q.dtype == torch.float32 else 'tf32x3',
-            num_warps=4,
+            TILE_HEIGHT=tile_height,
+            TILE_WIDTH=tile_width,
+            PRECISION='ieee' if single else 'tf32x3',
+            num_warps=8 if single else 4,
+            num_stages=1,
         )
 
 
@@ -354,7 +357,9 @@ _backward.register_autograd(_refuse_second_backward)
 
 
 @register_flop_formula(torch.ops.mmslide.slide_attention)
-def _flops(q_shape: torch.Size, k_shape: torch.Size, v_shape: torch.Size, weight_shape: torch.Size, *_: Any, **__: Any) -> int:
+def _flops(
+    q_shape: torch.Size, k_shape: torch.Size, v_shape: torch.Size, weight_shape: torch.Size, *_: Any, **__: Any
+) -> int:
     """As the paper counts: the merged kernels on K and on V, then q · K and a · V, two operations a multiply-add."""
     slots = weight_shape[1]
     return 2 * q_shape.numel() * 2 * (slots * slots + slots)
