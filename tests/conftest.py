@@ -7,6 +7,9 @@ import torch
 
 import mmslide  # noqa: F401
 
+if not torch.cuda.is_available():
+    os.environ['TRITON_INTERPRET'] = '1'  # before any kernel is imported: they then run on CPU tensors
+
 
 @pytest.fixture(autouse=True)
 def deterministic():

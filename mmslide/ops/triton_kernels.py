@@ -18,6 +18,7 @@ of q · k as well.
 Pixel indices are 64-bit, so that a batch may have more than 2³¹ elements.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -288,7 +289,7 @@ def _backward(
             shares, grad_out, query, key, value, grad_logits, attention, launch.tiles, *launch.sizes, **launch.constants
         )
     sums = shares.sum(0)[:, :head_dims, :slots]
-    grad_weight = sums[:slots].permute(1, 2, 0).reshape(weight.shape)
+    grad_weight = sums[:slots].permute(1, 2, 0).contiguous().view(weight.shape)
     return grad_q, grad_k, grad_v, grad_weight, sums[slots].contiguous(), rpb_shares.sum(0)
 
 
@@ -308,10 +309,10 @@ class _Launch:
         self.kernels = weight.new_zeros(slots + 1, channels, padded_slots)
         self.kernels[:slots, :head_dims, :slots] = weight.flatten(2).permute(2, 0, 1)
         self.kernels[slots, :head_dims, :slots] = bias
-        single = q.dtype == torch.float32
-        # A matrix instruction of a warp group takes 64 pixels. More registers than that leaves are needed for long
-        # channels, and for float32, whose products run without tensor cores.
-        tile_height, tile_width = (4, 8) if single or channels > 64 else (8, 8)
+        # A matrix instruction of a warp group takes 64 pixels. Long channels need more registers than that leaves, and so
+        # do plain float32 products.
+        small = q.dtype == torch.float32 or channels > 64
+        tile_height, tile_width = (4, 8) if small else (8, 8)
         self.tiles = batch * triton.cdiv(height, tile_height) * triton.cdiv(width, tile_width)
         self.grid = (self.tiles, heads)
         self.sizes = (heads, height, width, *self.maps[0].stride()[:2])
@@ -322,8 +323,8 @@ class _Launch:
             SLOTS=padded_slots,
             TILE_HEIGHT=tile_height,
             TILE_WIDTH=tile_width,
-            PRECISION='ieee' if single else 'tf32x3',
-            num_warps=8 if single else 4,
+            PRECISION='ieee' if q.dtype == torch.float32 else 'tf32x3',
+            num_warps=8 if small else 4,
             num_stages=1,
         )
 
@@ -362,10 +363,10 @@ def _flops(
 ) -> int:
     """As the paper counts: the merged kernels on K and on V, then q · K and a · V, two operations a multiply-add."""
     slots = weight_shape[1]
-    return 2 * q_shape.numel() * 2 * (slots * slots + slots)
+    return 2 * math.prod(q_shape) * 2 * (slots * slots + slots)
 
 
 @register_flop_formula(torch.ops.mmslide.slide_attention_backward)
 def _backward_flops(grad_out_shape: torch.Size, *shapes: Any, **kwargs: Any) -> int:
     """Two products for each one of the forward pass, without what is recomputed."""
-    return 2 * _flops(*shapes, **kwargs)
+    return 2 * _flops(*shapes)
