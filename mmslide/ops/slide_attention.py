@@ -119,15 +119,16 @@ def triton_refusal(q: Tensor, weight: Tensor) -> str | None:
     return _device_refusal(q.device)
 
 
-@torch.compiler.assume_constant_result  # a question about the machine: not for a compiled graph
 def _device_refusal(device: torch.device) -> str | None:
     interpreted = device.type == 'cpu' and os.environ.get('TRITON_INTERPRET') == '1'
     if device.type != 'cuda' and not interpreted:
         return f'needs CUDA tensors (or TRITON_INTERPRET=1 for slow trials on a CPU), got {device.type}'
     if find_spec('triton') is None:
         return 'needs the package triton, which is not installed'
-    if device.type == 'cuda' and (torch.version.hip or torch.cuda.get_device_capability(device) < (8, 0)):
-        return f'needs an NVIDIA GPU of compute capability 8.0 or later, got {torch.cuda.get_device_name(device)}'
+    if device.type == 'cuda':
+        properties = torch.cuda.get_device_properties(device)
+        if torch.version.hip or properties.major < 8:
+            return f'needs an NVIDIA GPU of compute capability 8.0 or later, got {properties.name}'
     return None
 
 

@@ -2,20 +2,20 @@
 
 Logits and softmax stay in registers, the products of d channels and k² slots are `tl.dot`; only q, k, v and the
 parameters are kept for backward. That recomputes the attention in three kernels, none of which needs an atomic
-operation, so that all results are deterministic:
+operation, and tiles have fixed sizes, not tuned when called, so that all results repeat bit for bit:
 
 1. `_query_kernel`, a pixel gathers from its neighbours: attention and gradient of the logits, both written out as
    (B, H, W, heads, k²) since the neighbours need them next, the gradient of q and each tile's share of rpb's.
 2. `_key_value_kernel`, a pixel gathers from those that it is a neighbour of: the gradients of k and v.
 3. `_parameter_kernel`, for each tap a fixed number of programs that sum over pixels and heads: the gradients of weight
-   and bias, whose shares are summed at the end.
+   and bias, whose shares are summed at the end. Each tap reads the maps again, from the cache for the most part.
 
 All arithmetic is done in float32, whatever the dtype of q. Products of float32 maps are plain float32 ('ieee'). Those
 of half-precision maps run on tensor cores, each operand split into two TF32 numbers ('tf32x3'): a single TF32 number or
 a half-precision one would lose the small learned part of a kernel next to the shift's 1, and half precision the range
 of q · k as well.
 
-Pixel indices are 64-bit, so that a batch may have more than 2³¹ elements.
+Offsets are 64-bit, so that maps may have more than 2³¹ elements.
 """
 
 import math
@@ -309,8 +309,8 @@ class _Launch:
         self.kernels = weight.new_zeros(slots + 1, channels, padded_slots)
         self.kernels[:slots, :head_dims, :slots] = weight.flatten(2).permute(2, 0, 1)
         self.kernels[slots, :head_dims, :slots] = bias
-        # A matrix instruction of a warp group takes 64 pixels. Long channels need more registers than that leaves, and so
-        # do plain float32 products.
+        # A matrix instruction of a warp group takes 64 pixels. Long channels and plain float32 products need more
+        # registers than that leaves.
         small = q.dtype == torch.float32 or channels > 64
         tile_height, tile_width = (4, 8) if small else (8, 8)
         self.tiles = batch * triton.cdiv(height, tile_height) * triton.cdiv(width, tile_width)
