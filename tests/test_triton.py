@@ -50,8 +50,10 @@ def assert_agrees(results, args, grad, scale=None, mask=None):
     dtype = args[0].dtype
     for name, value, reference_value in zip(NAMES, results, wanted, strict=True):
         assert value.dtype == (torch.float32 if name in NAMES[4:] else dtype), name
-        # Half-precision results are rounded once; all before, and the gradients of the parameters, are not.
-        tolerance = 1e-5 if value.dtype == torch.float32 else torch.finfo(dtype).eps
+        if value.dtype != torch.float32:
+            tolerance = torch.finfo(dtype).eps  # of one rounding, at the end
+        else:  # the second is for the parameters of half-precision maps, since tensor cores do not round sums
+            tolerance = 1e-5 if dtype == torch.float32 else 1e-4
         assert relative_error(value, reference_value) < tolerance, name
 
 
@@ -91,11 +93,15 @@ def test_output_and_gradients_agree_with_the_reference(shape, dtype):
         assert all(torch.equal(x, y) for x, y in zip(results, run(args, grad), strict=True))
 
 
-def test_maps_of_any_layout_and_an_explicit_scale():
-    """One of the projection's views, one map of its own, one with heads before pixels, and a gradient of one number."""
+@pytest.mark.parametrize('layout', ['views with heads outside', 'unlike each other'])
+def test_maps_of_any_layout_and_an_explicit_scale(layout):
+    """And a gradient that is one number everywhere."""
     args = small()
-    args[1] = args[1].detach().contiguous().requires_grad_()
-    args[2] = args[2].detach().permute(0, 3, 1, 2, 4).contiguous().permute(0, 2, 3, 1, 4).requires_grad_()
+    if layout == 'views with heads outside':
+        args[:3] = (x.requires_grad_() for x in torch.randn(1, 2, 5, 2, 3, 16, device=DEVICE).unbind(4))
+    else:
+        args[1] = args[1].detach().contiguous().requires_grad_()
+        args[2] = args[2].detach().transpose(1, 3).contiguous().transpose(1, 3).requires_grad_()
     grad = torch.randn(1, device=DEVICE).expand(args[0].shape)
     assert_agrees(run(args, grad, scale=0.3), args, grad, scale=0.3)
 
@@ -132,11 +138,11 @@ def test_dropout_of_the_public_function():
 
 
 def test_small_learned_parts_are_kept_next_to_the_shift():
-    """Half-precision products would take 1 + 2⁻¹² for 1."""
+    """Half-precision kernels would take 1 + 2⁻¹⁰ for 1, and their gradients, in float32, would show it."""
     args = small(torch.bfloat16)
     shift = torch.eye(9, device=DEVICE).view(9, 3, 3)
     with torch.no_grad():
-        args[3].copy_(shift + 2**-12 * args[3])
+        args[3].copy_(shift + 2**-10 * args[3])
     grad = torch.randn(args[0].shape).bfloat16().to(DEVICE)
     assert_agrees(run(args, grad), args, grad)
 
