@@ -1,6 +1,7 @@
 import os
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')  # tests run side by side; their tensors are small
+os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # deterministic algorithms ask for it on a GPU
 
 import pytest
 import torch

@@ -128,7 +128,7 @@ def _query_kernel(
     stride, head_stride, HEAD_DIMS: tl.constexpr, CHANNELS: tl.constexpr, KERNEL_SIZE: tl.constexpr,
     SLOTS: tl.constexpr, TILE_HEIGHT: tl.constexpr, TILE_WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Writes the attention after dropout and the gradient before the scale and the rpb are taken off."""
+    """The attention that it writes is what the values were weighted with, `grad_logits` that of the unscaled logits."""
     start, y, x = _place(tl.program_id(0), height, width, TILE_HEIGHT, TILE_WIDTH)
     head = tl.program_id(1).to(tl.int64)
     TAPS: tl.constexpr = KERNEL_SIZE * KERNEL_SIZE
