@@ -1,11 +1,15 @@
 import os
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')  # tests run side by side; their tensors are small
+os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # deterministic algorithms ask for it on a GPU
 
 import pytest
 import torch
 
 import mmslide  # noqa: F401
+
+if not torch.cuda.is_available():
+    os.environ['TRITON_INTERPRET'] = '1'  # before any kernel is imported: they then run on CPU tensors
 
 
 @pytest.fixture(autouse=True)

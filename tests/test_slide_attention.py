@@ -142,7 +142,7 @@ def test_tapwise_keeps_the_inputs_only_and_never_makes_a_large_tensor():
         (dict(rpb=torch.randn(3, 9)), r'rpb must be \(heads, k²\) = \(2, 9\)'),
         (dict(weight=torch.randn(8, 9, 3, 3).bfloat16()), r'must all be float32'),
         (dict(q=torch.randn(1, 4, 4, 2, 8).half()), r'share one floating-point dtype'),
-        (dict(backend='cuda'), r"backend must be one of \['conv', 'reference', 'tapwise'\]"),
+        (dict(backend='cuda'), r"backend must be one of \['conv', 'reference', 'tapwise', 'triton'\]"),
         (dict(dropout_p=1.0), r'dropout_p must be in \[0, 1\)'),
     ],
 )

@@ -1,3 +1,6 @@
+import os
+from importlib.util import find_spec
+
 import torch
 from torch import Tensor
 
@@ -5,7 +8,25 @@ from .conv import conv
 from .reference import reference
 from .tapwise import tapwise, without_autocast
 
-BACKENDS = {'conv': conv, 'reference': reference, 'tapwise': tapwise}
+
+def triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    rpb: Tensor,
+    scale: float,
+    dropout_mask: Tensor | None = None,
+) -> Tensor:
+    """See `mmslide.ops.slide_attention` for shapes. Imports its kernels when it is called first."""
+    from .triton_kernels import fused
+
+    return fused(q, k, v, weight, bias, rpb, scale, dropout_mask)
+
+
+BACKENDS = {'conv': conv, 'reference': reference, 'tapwise': tapwise, 'triton': triton}
+WIDENING = ('tapwise', 'triton')  # these take q, k, v as they are and widen them bit by bit
 
 
 def slide_attention(
@@ -36,22 +57,25 @@ def slide_attention(
         rpb: (heads, k²), added to K, dtype of weight.
         scale: multiplies the logits; None is d ** -0.5.
         dropout_p: probability with which an attention weight is zeroed, as in `scaled_dot_product_attention`.
-        backend: 'tapwise' (extra memory of the inputs' size at most, forward and backward), 'conv' (no loop in Python:
-            for tracing and export; stores K and V k² times), 'reference' (likewise; reads like the equation). None
-            takes 'conv' on the meta device and 'tapwise' everywhere else.
+        backend: 'tapwise' (extra memory of the inputs' size at most, forward and backward), 'triton' (GPU kernels; in
+            backward extra memory of 2·k² float32 numbers for each pixel and head, in forward none), 'conv' (no loop in
+            Python: for tracing and export; stores K and V k² times), 'reference' (likewise; reads like the equation).
+            None takes what `choose_backend` says.
 
     Returns:
         (B, H, W, heads, d), dtype of q. The arithmetic is done in the wider one of q's and weight's dtypes, under
         autocast too.
 
     Raises:
-        ValueError: shapes or dtypes do not fit together, or the backend is unknown.
+        ValueError: shapes or dtypes do not fit together, or the backend is unknown or cannot do it.
     """
     _check(q, k, v, weight, bias, rpb, dropout_p)
     if backend is None:
-        backend = 'conv' if q.is_meta else 'tapwise'
+        backend = choose_backend(q, weight)
     if backend not in BACKENDS:
         raise ValueError(f'backend must be one of {sorted(BACKENDS)} or None, got {backend=}')
+    if backend == 'triton' and (reason := triton_refusal(q, weight)):
+        raise ValueError(f"backend 'triton' {reason}; take 'tapwise', or None for the best that can do it")
     if scale is None:
         scale = q.shape[-1] ** -0.5
 
@@ -60,10 +84,52 @@ def slide_attention(
     if dropout_p > 0:
         keep = torch.rand(*q.shape[:-1], weight.shape[1], device=q.device) >= dropout_p
         dropout_mask = keep.to(dtype) / (1 - dropout_p)
-    maps = (q, k, v) if backend == 'tapwise' else (q.to(dtype), k.to(dtype), v.to(dtype))  # tapwise widens by blocks
+    maps = (q, k, v) if backend in WIDENING else (q.to(dtype), k.to(dtype), v.to(dtype))
     with without_autocast(q):
         parameters = (weight.to(dtype), bias.to(dtype), rpb.to(dtype))
         return BACKENDS[backend](*maps, *parameters, scale, dropout_mask).to(q.dtype)
+
+
+def choose_backend(q: Tensor, weight: Tensor) -> str:
+    """What `backend=None` takes.
+
+    ======================================================================================  ===========
+    q on the meta device                                                                    'conv'
+    q on a CUDA device of compute capability 8.0 or later, in float32, float16 or bfloat16,
+    weight in float32, head size at most 128, k at most 7, and Triton is installed          'triton'
+    everything else                                                                         'tapwise'
+    ======================================================================================  ===========
+    """
+    if q.is_meta:
+        return 'conv'
+    return 'triton' if q.is_cuda and triton_refusal(q, weight) is None else 'tapwise'
+
+
+def triton_refusal(q: Tensor, weight: Tensor) -> str | None:
+    """Why the backend 'triton' cannot take these arguments, or None."""
+    head_dims, kernel_size = q.shape[-1], weight.shape[-1]
+    if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f'takes q, k and v in float32, float16 or bfloat16, got {q.dtype}'
+    if weight.dtype != torch.float32:
+        return f'takes weight, bias and rpb in float32, got {weight.dtype}'
+    if head_dims > 128:
+        return f'takes head sizes up to 128, got {head_dims}'
+    if kernel_size > 7:
+        return f'takes kernels up to 7×7, got {kernel_size}×{kernel_size}'
+    return _device_refusal(q.device)
+
+
+def _device_refusal(device: torch.device) -> str | None:
+    interpreted = device.type == 'cpu' and os.environ.get('TRITON_INTERPRET') == '1'
+    if device.type != 'cuda' and not interpreted:
+        return f'needs CUDA tensors (or TRITON_INTERPRET=1 for slow trials on a CPU), got {device.type}'
+    if find_spec('triton') is None:
+        return 'needs the package triton, which is not installed'
+    if device.type == 'cuda':
+        properties = torch.cuda.get_device_properties(device)
+        if torch.version.hip or properties.major < 8:
+            return f'needs an NVIDIA GPU of compute capability 8.0 or later, got {properties.name}'
+    return None
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, bias: Tensor, rpb: Tensor, dropout_p: float) -> None:
