@@ -11,9 +11,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import mmcv.ops
+import onnxscript
 import torch
 import torch.nn.functional as F
 from mmdet.models import (
+    BaseDetector,
     CascadeRCNN,
     CascadeRoIHead,
     ConvFCBBoxHead,
@@ -31,8 +33,9 @@ from mmdet.models import (
 from mmdet.models.task_modules import AnchorGenerator, DeltaXYWHBBoxCoder
 from mmdet.models.task_modules.coders.delta_xywh_bbox_coder import delta2bbox
 from mmdet.structures.bbox import bbox_overlaps
-from onnxscript import opset18 as op
 from torch import Tensor, nn
+
+op: Any = onnxscript.opset18  # its own types do not say that it takes numbers for tensors
 
 # boxes (K, 4), labels (K,), scores (K,) and, if the model has a mask head, masks (K, h, w).
 Detections = tuple[Tensor, ...]
@@ -130,12 +133,14 @@ class ExportableDetector(nn.Module):
             does not fit; in forward, the image is not (1, 3, H, W).
     """
 
-    def __init__(self, model: nn.Module, shape: tuple[int, int]) -> None:
+    model: BaseDetector
+
+    def __init__(self, model: BaseDetector, shape: tuple[int, int]) -> None:
         super().__init__()
         check_supported(model)
         if model.training:
             raise ValueError('the model must be in eval mode: call model.eval() first')
-        divisor = model.data_preprocessor.pad_size_divisor
+        divisor = getattr(model.data_preprocessor, 'pad_size_divisor', 1)
         if any(side < 1 or side % divisor for side in shape):
             raise ValueError(f'shape (H, W) must be multiples of the pad_size_divisor {divisor}, got {shape=}')
         self.model = model
@@ -157,7 +162,7 @@ class ExportableDetector(nn.Module):
 
 
 def dense_detections(
-    head: nn.Module, features: Sequence[Tensor], shape: tuple[int, int]
+    head: RPNHead | RetinaHead, features: Sequence[Tensor], shape: tuple[int, int]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What RPNHead and RetinaHead predict, `_predict_by_feat_single` and `_bbox_post_process` in mmdet.
 
@@ -191,37 +196,38 @@ def dense_detections(
 
 
 def roi_detections(
-    roi_head: nn.Module, features: Sequence[Tensor], rois: Tensor, found: Tensor, shape: tuple[int, int]
+    roi_head: StandardRoIHead | CascadeRoIHead,
+    features: Sequence[Tensor],
+    rois: Tensor,
+    found: Tensor,
+    shape: tuple[int, int],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Boxes (K, 4), labels (K,), scores (K,) from proposals (N, 4), of which those found (N,) count.
 
     A StandardRoIHead is a CascadeRoIHead with one stage: `_refine_roi` and BBoxHead's `predict_by_feat` in mmdet.
     """
-    stages = list(zip(as_list(roi_head.bbox_roi_extractor), as_list(roi_head.bbox_head), strict=True))
-    stage_logits: list[Tensor] = []
-    for extractor, head in stages:
-        if stage_logits:  # the boxes of the stage before, for the class that it prefers
-            best = stage_logits[-1][:, :-1].argmax(1)
-            rois = boxes[:, 0] if boxes.shape[1] == 1 else take_class(boxes, best)
+    stage_logits = []
+    for extractor, head in zip(as_list(roi_head.bbox_roi_extractor), as_list(roi_head.bbox_head), strict=True):
         logits, deltas = head(roi_features(extractor, features, rois))
         stage_logits.append(logits)
-        boxes = decode(head.bbox_coder, rois, deltas, shape)
+        boxes = decode(head.bbox_coder, rois, deltas, shape)  # (N, classes, 4), or (N, 1, 4) for all classes
+        # The next stage looks at the box of the class that this one prefers.
+        rois = boxes[:, 0] if head.reg_class_agnostic else take_class(boxes, logits[:, :-1].argmax(1))
 
     cfg = roi_head.test_cfg
-    scores = (sum(stage_logits) / len(stages)).softmax(-1)[:, :-1]
+    scores = torch.stack(stage_logits).mean(0).softmax(-1)[:, :-1]
     count, classes = scores.shape
     labels = torch.arange(classes, device=scores.device).expand(count, classes)
     valid = (scores > cfg.score_thr) & found[:, None]
-    boxes, labels, scores, _ = suppress(
-        boxes.expand(count, classes, 4).reshape(-1, 4),
-        *(x.flatten() for x in (labels, scores, valid, labels)),
-        cfg.nms.iou_threshold,
-        cfg.max_per_img,
-    )
+    boxes = boxes.expand(count, classes, 4).reshape(-1, 4)
+    labels, scores, valid = labels.flatten(), scores.flatten(), valid.flatten()
+    boxes, labels, scores, _ = suppress(boxes, labels, scores, valid, labels, cfg.nms.iou_threshold, cfg.max_per_img)
     return boxes, labels, scores
 
 
-def roi_masks(roi_head: nn.Module, features: Sequence[Tensor], boxes: Tensor, labels: Tensor) -> Tensor:
+def roi_masks(
+    roi_head: StandardRoIHead | CascadeRoIHead, features: Sequence[Tensor], boxes: Tensor, labels: Tensor
+) -> Tensor:
     """Probabilities (K, h, w) inside the boxes (K, 4), averaged over the stages: `predict_mask` in mmdet."""
     masks = []
     for extractor, head in zip(as_list(roi_head.mask_roi_extractor), as_list(roi_head.mask_head), strict=True):
@@ -230,7 +236,7 @@ def roi_masks(roi_head: nn.Module, features: Sequence[Tensor], boxes: Tensor, la
     return torch.stack(masks).mean(0)
 
 
-def roi_features(extractor: nn.Module, features: Sequence[Tensor], boxes: Tensor) -> Tensor:
+def roi_features(extractor: SingleRoIExtractor, features: Sequence[Tensor], boxes: Tensor) -> Tensor:
     """SingleRoIExtractor: (K, C, h, w), each of the boxes (K, 4) from the map that suits its size."""
     features = features[: extractor.num_inputs]
     levels = roi_levels(boxes, len(features), extractor.finest_scale)
@@ -248,8 +254,8 @@ def roi_features(extractor: nn.Module, features: Sequence[Tensor], boxes: Tensor
 def roi_levels(boxes: Tensor, count: int, finest_scale: int) -> Tensor:
     """The map (K,) for each of the boxes (K, 4): 0 up to a side of 2 * finest_scale, one more each time it doubles.
 
-    As SingleRoIExtractor.map_roi_levels, but with comparisons in place of floor(log2): ONNX has to divide two logarithms,
-    whose rounding error decides for a box that is exactly as large as a limit.
+    As SingleRoIExtractor.map_roi_levels, but with comparisons in place of floor(log2): ONNX has to divide two
+    logarithms, whose rounding error decides for a box that is exactly as large as a limit.
     """
     width, height = (boxes[:, 2:] - boxes[:, :2]).unbind(1)
     scale = (width * height).sqrt() / finest_scale + 1e-6
@@ -293,12 +299,12 @@ def take_class(x: Tensor, labels: Tensor) -> Tensor:
     return x[torch.arange(len(x), device=x.device), labels]
 
 
-def as_list(module: nn.Module) -> list[nn.Module]:
+def as_list(module: Any) -> list[Any]:
     """The stages of a cascade; what is no list of stages is the only one."""
     return list(module) if isinstance(module, nn.ModuleList) else [module]
 
 
-def check_supported(model: nn.Module) -> None:
+def check_supported(model: BaseDetector) -> None:
     """Whether every part of the model is one that is rewritten here; a subclass may predict in another way.
 
     Raises:
@@ -323,7 +329,7 @@ def check_supported(model: nn.Module) -> None:
         _check_extractors('roi_head.mask_roi_extractor', roi_head.mask_roi_extractor)
 
 
-def _check_dense_head(name: str, head: nn.Module, kind: type) -> None:
+def _check_dense_head(name: str, head: Any, kind: type) -> None:
     _require_type(name, head, kind)
     _check_box_head(name, head)
     _require_type(f'{name}.prior_generator', head.prior_generator, AnchorGenerator)
@@ -332,7 +338,7 @@ def _check_dense_head(name: str, head: nn.Module, kind: type) -> None:
     _check_test_cfg(name, head.test_cfg)
 
 
-def _check_box_head(name: str, head: nn.Module) -> None:
+def _check_box_head(name: str, head: Any) -> None:
     _require_type(f'{name}.bbox_coder', head.bbox_coder, DeltaXYWHBBoxCoder)
     loss = head.loss_cls
     custom = getattr(loss, 'custom_cls_channels', False) or getattr(loss, 'custom_activation', False)
@@ -367,8 +373,8 @@ def _require(name: str, value: Any, ok: bool, supported: str) -> None:
 def unmatched(a: Detections, b: Detections, score_thr: float = 0.3) -> list[str]:
     """What one model finds and the other does not, both ways.
 
-    Each detection with a score of score_thr or more needs a partner of its own among the other's: the same label, an IoU
-    of 0.95 or more, a score within 1e-3, and an IoU of 0.95 or more between the masks, cut at 0.5.
+    Each detection with a score of score_thr or more needs a partner of its own among the other's: the same label, an
+    IoU of 0.95 or more, a score within 1e-3, and an IoU of 0.95 or more between the masks, cut at 0.5.
 
     Args:
         a, b: boxes (K, 4), labels (K,), scores (K,) and, in both or in neither, masks (K, h, w).
