@@ -44,15 +44,20 @@ def config(kind: str) -> ConfigDict:
         retinanet.backbone = model.backbone
         retinanet.neck.update(in_channels=model.neck.in_channels, out_channels=64)
         retinanet.bbox_head.update(num_classes=CLASSES, in_channels=64, feat_channels=64, stacked_convs=2)
-        retinanet.bbox_head.bbox_coder.target_stds = [0.1, 0.1, 0.2, 0.2]
+        retinanet.bbox_head.bbox_coder.update(
+            target_stds=[0.1, 0.1, 0.2, 0.2], clip_border=False, add_ctr_clamp=True, ctr_clamp=1
+        )
         retinanet.train_cfg = None
         retinanet.test_cfg.update(nms_pre=300, min_bbox_size=8)
         return retinanet
     model.roi_head.bbox_head.num_classes = model.roi_head.mask_head.num_classes = CLASSES
     if kind == 'mask-rcnn class-agnostic':
         return model
-    # Fewer proposals than max_per_img, and adaptive sampling.
-    model.rpn_head.bbox_coder.target_stds = [0.5, 0.5, 0.25, 0.25]
+    # A level without RoIs, fewer proposals than max_per_img, adaptive sampling.
+    model.neck.num_outs = 5
+    model.rpn_head.anchor_generator.strides = [4, 8, 16, 32, 64]
+    model.rpn_head.loss_cls.use_sigmoid = False
+    model.rpn_head.bbox_coder.update(target_means=[0.1, -0.2, 0.1, 0.3], target_stds=[0.5, 0.5, 0.25, 0.25])
     model.test_cfg.rpn.update(nms=dict(type='nms', iou_threshold=0.3), min_bbox_size=4)
     model.test_cfg.rcnn.update(score_thr=0.1)
     model.roi_head.bbox_roi_extractor.roi_layer.sampling_ratio = 0
@@ -61,7 +66,7 @@ def config(kind: str) -> ConfigDict:
     model.roi_head.bbox_head.reg_class_agnostic = False
     if kind == 'faster-rcnn':
         model.type = 'FasterRCNN'
-        model.test_cfg.rcnn.score_thr = 0.75  # no detection at all on a blank image
+        model.test_cfg.rcnn.score_thr = 0.65  # no detection at all on a blank image
         model.roi_head.mask_head = model.roi_head.mask_roi_extractor = None
     if kind == 'cascade':
         model.type = 'CascadeRCNN'
