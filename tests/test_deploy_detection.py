@@ -48,7 +48,7 @@ def config(kind: str) -> ConfigDict:
             target_stds=[0.1, 0.1, 0.2, 0.2], clip_border=False, add_ctr_clamp=True, ctr_clamp=1
         )
         retinanet.train_cfg = None
-        retinanet.test_cfg.update(nms_pre=300, min_bbox_size=8)
+        retinanet.test_cfg.update(nms_pre=300, min_bbox_size=8, score_thr=0.95)
         return retinanet
     model.roi_head.bbox_head.num_classes = model.roi_head.mask_head.num_classes = CLASSES
     if kind == 'mask-rcnn class-agnostic':
@@ -204,6 +204,7 @@ def run(path: Path, *inputs: Tensor) -> Detections:
     return tuple(map(torch.from_numpy, session.run(None, {k: v.numpy() for k, v in zip(names, inputs, strict=True)})))
 
 
+@torch.no_grad()
 def export(model: nn.Module, path: Path, *inputs: Tensor) -> None:
     torch.onnx.export(
         model, inputs, path, dynamo=True, custom_translation_table=ONNX_TRANSLATIONS, verbose=False, external_data=False
@@ -252,7 +253,7 @@ def test_onnx_without_detection(exported):
 class Operators(nn.Module):
     def forward(self, feature: Tensor, rois: Tensor, boxes: Tensor, scores: Tensor) -> tuple[Tensor, ...]:
         aligned = [roi_align(feature, rois, (3, 5), 0.25, sampling_ratio) for sampling_ratio in (0, 1, 2)]
-        return *aligned, nms(boxes, scores, 0.5, 7)
+        return *aligned, nms(boxes, scores, 0.2, 7)
 
 
 def test_onnx_operators(tmp_path):

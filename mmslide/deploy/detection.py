@@ -4,7 +4,8 @@ mmdet's own predict cannot be traced, since the sizes in it depend on the data. 
 filled up with rows that are marked as not found; whatever mmdet filters is masked instead. The two operators that
 PyTorch lacks, NMS and RoIAlign, run mmcv's code in PyTorch and turn into ONNX's own operators on export:
 
-    torch.onnx.export(ExportableDetector(model, shape), ..., dynamo=True, custom_translation_table=ONNX_TRANSLATIONS)
+    with torch.no_grad():  # with gradients, the exporter fails on attention with a learned bias
+        torch.onnx.export(ExportableDetector(model, shape), ..., dynamo=True, custom_translation_table=ONNX_TRANSLATIONS)
 """
 
 from collections.abc import Callable, Sequence
