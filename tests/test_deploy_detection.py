@@ -23,7 +23,6 @@ from mmslide.deploy.detection import (
     dense_detections,
     nms,
     roi_align,
-    roi_levels,
     unmatched,
 )
 
@@ -166,8 +165,9 @@ def test_equals_mmdet(kind, count, monkeypatch):
     assert assert_equals_mmdet(build(kind), picture(), monkeypatch) >= count
 
 
-def test_without_detection(monkeypatch):
-    assert assert_equals_mmdet(build('faster-rcnn'), BLANK, monkeypatch) == 0
+@pytest.mark.parametrize('kind', ['faster-rcnn', 'retinanet'])
+def test_without_detection(kind, monkeypatch):
+    assert assert_equals_mmdet(build(kind), BLANK, monkeypatch) == 0
 
 
 @pytest.mark.parametrize('kind', ['mask-rcnn', 'cascade'])
@@ -186,16 +186,6 @@ def test_number_of_proposals():
         assert len(found) == 100
         assert 50 < found.sum() <= 100
         assert found.all() == full
-
-
-def test_roi_levels():
-    """Every size, among them those on the limits."""
-    extractor = build('mask-rcnn').roi_head.bbox_roi_extractor
-    sides = torch.cat([torch.arange(0, 600, 0.25), 28 * 2.0 ** torch.arange(6)])
-    boxes = torch.stack([torch.zeros_like(sides), torch.zeros_like(sides), sides, sides], 1)
-    for count in (1, 2, 4):
-        expected = extractor.map_roi_levels(nn.functional.pad(boxes, (1, 0)), count)
-        assert torch.equal(roi_levels(boxes, count, extractor.finest_scale), expected)
 
 
 def run(path: Path, *inputs: Tensor) -> Detections:
@@ -245,8 +235,9 @@ def test_onnx(kind, count, seed, exported):
 
 
 @pytest.mark.slow
-def test_onnx_without_detection(exported):
-    detections = run(exported('faster-rcnn'), BLANK)
+@pytest.mark.parametrize('kind', ['faster-rcnn', 'retinanet'])
+def test_onnx_without_detection(kind, exported):
+    detections = run(exported(kind), BLANK)
     assert not any(x.any() for x in detections)
 
 

@@ -4,8 +4,9 @@ mmdet's own predict cannot be traced, since the sizes in it depend on the data. 
 filled up with rows that are marked as not found; whatever mmdet filters is masked instead. The two operators that
 PyTorch lacks, NMS and RoIAlign, run mmcv's code in PyTorch and turn into ONNX's own operators on export:
 
+    detector = ExportableDetector(model, shape)
     with torch.no_grad():  # with gradients, the exporter fails on attention with a learned bias
-        torch.onnx.export(ExportableDetector(model, shape), ..., dynamo=True, custom_translation_table=ONNX_TRANSLATIONS)
+        torch.onnx.export(detector, ..., dynamo=True, custom_translation_table=ONNX_TRANSLATIONS)
 """
 
 from collections.abc import Callable, Sequence
@@ -240,7 +241,7 @@ def roi_masks(
 def roi_features(extractor: SingleRoIExtractor, features: Sequence[Tensor], boxes: Tensor) -> Tensor:
     """SingleRoIExtractor: (K, C, h, w), each of the boxes (K, 4) from the map that suits its size."""
     features = features[: extractor.num_inputs]
-    levels = roi_levels(boxes, len(features), extractor.finest_scale)
+    levels = extractor.map_roi_levels(F.pad(boxes, (1, 0)), len(features))
     out = features[0].new_zeros(())
     for level, (feature, layer) in enumerate(zip(features, extractor.roi_layers, strict=True)):
         here = levels == level
@@ -250,17 +251,6 @@ def roi_features(extractor: SingleRoIExtractor, features: Sequence[Tensor], boxe
         aligned = roi_align(feature, at, layer.output_size, layer.spatial_scale, layer.sampling_ratio)
         out = torch.where(here[:, None, None, None], aligned, out)
     return out
-
-
-def roi_levels(boxes: Tensor, count: int, finest_scale: int) -> Tensor:
-    """The map (K,) for each of the boxes (K, 4): 0 up to a side of 2 * finest_scale, one more each time it doubles.
-
-    As SingleRoIExtractor.map_roi_levels, but with comparisons in place of floor(log2): ONNX has to divide two
-    logarithms, whose rounding error decides for a box that is exactly as large as a limit.
-    """
-    width, height = (boxes[:, 2:] - boxes[:, :2]).unbind(1)
-    scale = (width * height).sqrt() / finest_scale + 1e-6
-    return (scale[:, None] >= 2.0 ** torch.arange(1, count, device=boxes.device)).sum(1)
 
 
 def decode(coder: DeltaXYWHBBoxCoder, boxes: Tensor, deltas: Tensor, shape: tuple[int, int]) -> Tensor:
