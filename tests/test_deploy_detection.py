@@ -52,7 +52,7 @@ def config(kind: str) -> ConfigDict:
     model.roi_head.bbox_head.num_classes = model.roi_head.mask_head.num_classes = CLASSES
     if kind == 'mask-rcnn class-agnostic':
         return model
-    # A level without RoIs, fewer proposals than max_per_img, adaptive sampling.
+    # A map that no RoI is taken from, fewer proposals than max_per_img, adaptive sampling.
     model.neck.num_outs = 5
     model.rpn_head.anchor_generator.strides = [4, 8, 16, 32, 64]
     model.rpn_head.loss_cls.use_sigmoid = False
