@@ -1,0 +1,405 @@
+"""Whole detectors of mmdet, image to detections, as one graph of tensors with static shapes: for ONNX.
+
+mmdet's own predict cannot be traced, since the sizes in it depend on the data. Here lists of boxes have a fixed length,
+filled up with rows that are marked as not found; whatever mmdet filters is masked instead. The two operators that
+PyTorch lacks, NMS and RoIAlign, run mmcv's code in PyTorch and turn into ONNX's own operators on export:
+
+    detector = ExportableDetector(model, shape)
+    with torch.no_grad():  # with gradients, the exporter fails on attention with a learned bias
+        torch.onnx.export(detector, ..., dynamo=True, custom_translation_table=ONNX_TRANSLATIONS)
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import mmcv.ops
+import onnxscript
+import torch
+import torch.nn.functional as F
+from mmdet.models import (
+    BaseDetector,
+    CascadeRCNN,
+    CascadeRoIHead,
+    ConvFCBBoxHead,
+    FasterRCNN,
+    FCNMaskHead,
+    MaskRCNN,
+    RetinaHead,
+    RetinaNet,
+    RPNHead,
+    Shared2FCBBoxHead,
+    Shared4Conv1FCBBoxHead,
+    SingleRoIExtractor,
+    StandardRoIHead,
+)
+from mmdet.models.task_modules import AnchorGenerator, DeltaXYWHBBoxCoder
+from mmdet.models.task_modules.coders.delta_xywh_bbox_coder import delta2bbox
+from mmdet.structures.bbox import bbox_overlaps
+from torch import Tensor, nn
+
+op: Any = onnxscript.opset18  # its own types do not say that it takes numbers for tensors
+
+# boxes (K, 4), labels (K,), scores (K,) and, if the model has a mask head, masks (K, h, w).
+Detections = tuple[Tensor, ...]
+
+
+@torch.library.custom_op('mmslide::nms', mutates_args=())
+def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, max_num: int) -> Tensor:
+    """Greedy NMS among the boxes (N, 4) whose scores (N,) are not negative.
+
+    Returns:
+        (max_num,): indices of the boxes kept, the highest score first, and -1 where there are no more.
+    """
+    candidates = (scores >= 0).nonzero().squeeze(1)
+    _, kept = mmcv.ops.nms(boxes[candidates], scores[candidates], iou_threshold)
+    kept = candidates[kept[:max_num]]
+    return F.pad(kept, (0, max_num - len(kept)), value=-1)
+
+
+@nms.register_fake
+def _(boxes: Tensor, scores: Tensor, iou_threshold: float, max_num: int) -> Tensor:
+    return boxes.new_empty(max_num, dtype=torch.long)
+
+
+def nms_to_onnx(boxes: Any, scores: Any, iou_threshold: float, max_num: int) -> Any:
+    selected = op.NonMaxSuppression(
+        op.Unsqueeze(boxes, [0]),
+        op.Unsqueeze(scores, [0, 1]),
+        op.Constant(value_ints=[max_num]),
+        op.Constant(value_floats=[iou_threshold]),
+        op.Constant(value_floats=[-0.5]),  # between a candidate and none: runtimes differ at equality
+    )  # (M, 3), M <= max_num: image, class, box
+    found = op.Gather(selected, op.Constant(value_int=2), axis=1)
+    padded = op.Concat(found, op.Constant(value_ints=[-1] * max_num), axis=0)
+    return op.Reshape(op.Slice(padded, [0], [max_num], [0]), [max_num])  # Slice alone leaves the length unknown
+
+
+@torch.library.custom_op('mmslide::roi_align', mutates_args=())
+def roi_align(
+    feature: Tensor, boxes: Tensor, output_size: Sequence[int], spatial_scale: float, sampling_ratio: int
+) -> Tensor:
+    """RoIAlign (Mask R-CNN, section 3), averaging and aligned, of a map (1, C, H, W) in boxes (K, 4) of the image.
+
+    Returns:
+        (K, C, h, w), output_size being (h, w).
+    """
+    rois = F.pad(boxes, (1, 0))  # all in image 0
+    return mmcv.ops.roi_align(feature, rois, tuple(output_size), spatial_scale, sampling_ratio, 'avg', True)
+
+
+@roi_align.register_fake
+def _(feature: Tensor, boxes: Tensor, output_size: Sequence[int], spatial_scale: float, sampling_ratio: int) -> Tensor:
+    return feature.new_empty(boxes.shape[0], feature.shape[1], *output_size)
+
+
+def roi_align_to_onnx(
+    feature: Any, boxes: Any, output_size: Sequence[int], spatial_scale: float, sampling_ratio: int
+) -> Any:
+    height, width = output_size
+    return op.RoiAlign(
+        feature,
+        boxes,
+        op.Constant(value_ints=[0] * boxes.shape[0]),
+        coordinate_transformation_mode='half_pixel',
+        mode='avg',
+        output_height=height,
+        output_width=width,
+        sampling_ratio=sampling_ratio,
+        spatial_scale=spatial_scale,
+    )
+
+
+ONNX_TRANSLATIONS: dict[Callable, Callable] = {
+    torch.ops.mmslide.nms.default: nms_to_onnx,
+    torch.ops.mmslide.roi_align.default: roi_align_to_onnx,
+}
+
+
+class ExportableDetector(nn.Module):
+    """What mmdet's Mask R-CNN, Faster R-CNN, Cascade (Mask) R-CNN or RetinaNet predicts, with shapes known beforehand.
+
+    forward takes an image (1, 3, H, W), normalised and padded as the model's data_preprocessor does it, and returns K
+    detections, the best first, where K is max_per_img of the model's test_cfg:
+
+    - boxes (K, 4): x1, y1, x2, y2 in pixels of that image, clipped to its size with the padding;
+    - labels (K,), int64;
+    - scores (K,): 0 in a row that holds no detection, since fewer than K were found;
+    - masks (K, h, w), of models with a mask head: probabilities inside the box, h = w = 28 as usually configured.
+
+    Args:
+        model: built by mmdet, in eval mode; it is used, not copied.
+        shape: (H, W), multiples of the data_preprocessor's pad_size_divisor.
+
+    Raises:
+        ValueError: the model has a part or a setting that is not rewritten here, it is in training mode, or the shape
+            does not fit; in forward, the image is not (1, 3, H, W).
+    """
+
+    model: BaseDetector
+
+    def __init__(self, model: BaseDetector, shape: tuple[int, int]) -> None:
+        super().__init__()
+        check_supported(model)
+        if model.training:
+            raise ValueError('the model must be in eval mode: call model.eval() first')
+        divisor = getattr(model.data_preprocessor, 'pad_size_divisor', 1)
+        if any(side < 1 or side % divisor for side in shape):
+            raise ValueError(f'shape (H, W) must be multiples of the pad_size_divisor {divisor}, got {shape=}')
+        self.model = model
+        self.shape = shape
+        self.eval()
+
+    def forward(self, image: Tensor) -> Detections:
+        if image.shape != (1, 3, *self.shape):
+            raise ValueError(f'the image must be {(1, 3, *self.shape)}, got {tuple(image.shape)}')
+        features = self.model.extract_feat(image)
+        if isinstance(self.model, RetinaNet):
+            boxes, labels, scores, _ = dense_detections(self.model.bbox_head, features, self.shape)
+            return boxes, labels, scores
+        proposals, _, _, found = dense_detections(self.model.rpn_head, features, self.shape)
+        boxes, labels, scores = roi_detections(self.model.roi_head, features, proposals, found, self.shape)
+        if not self.model.roi_head.with_mask:
+            return boxes, labels, scores
+        return boxes, labels, scores, roi_masks(self.model.roi_head, features, boxes, labels)
+
+
+def dense_detections(
+    head: RPNHead | RetinaHead, features: Sequence[Tensor], shape: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What RPNHead and RetinaHead predict, `_predict_by_feat_single` and `_bbox_post_process` in mmdet.
+
+    Returns:
+        boxes (K, 4), labels (K,), scores (K,) and whether there is a detection in this row (K,).
+    """
+    cfg = head.test_cfg
+    is_rpn = isinstance(head, RPNHead)
+    maps = head(features)
+    priors = head.prior_generator.grid_priors([x.shape[-2:] for x in maps[0]], device=features[0].device)
+    levels = []
+    for level, (logits, deltas, anchors) in enumerate(zip(*maps, priors, strict=True)):
+        logits = logits[0].permute(1, 2, 0).reshape(-1, head.cls_out_channels)
+        deltas = deltas[0].permute(1, 2, 0).reshape(-1, 4)
+        scores = logits.sigmoid() if head.use_sigmoid_cls else logits.softmax(-1)[:, :-1]
+        classes = scores.shape[1]
+        scores, index = scores.flatten().topk(min(cfg.nms_pre, scores.numel()))
+        anchor, labels = index // classes, index % classes
+        boxes = decode(head.bbox_coder, anchors[anchor], deltas[anchor], shape)[:, 0]
+        levels.append((boxes, labels, scores, torch.full_like(labels, level)))
+    boxes, labels, scores, level_ids = (torch.cat(parts) for parts in zip(*levels, strict=True))
+
+    width, height = (boxes[:, 2:] - boxes[:, :2]).unbind(1)
+    min_size = cfg.get('min_bbox_size', -1)
+    valid = (width > min_size) & (height > min_size)
+    if not is_rpn:
+        valid &= scores > cfg.get('score_thr', 0)
+    # Proposals suppress each other within their level, detections within their class.
+    max_num = min(cfg.max_per_img, len(boxes)) if is_rpn else cfg.max_per_img
+    return suppress(boxes, labels, scores, valid, level_ids if is_rpn else labels, cfg.nms.iou_threshold, max_num)
+
+
+def roi_detections(
+    roi_head: StandardRoIHead | CascadeRoIHead,
+    features: Sequence[Tensor],
+    rois: Tensor,
+    found: Tensor,
+    shape: tuple[int, int],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Boxes (K, 4), labels (K,), scores (K,) from proposals (N, 4), of which those found (N,) count.
+
+    A StandardRoIHead is a CascadeRoIHead with one stage: `_refine_roi` and BBoxHead's `predict_by_feat` in mmdet.
+    """
+    stage_logits = []
+    for extractor, head in zip(as_list(roi_head.bbox_roi_extractor), as_list(roi_head.bbox_head), strict=True):
+        logits, deltas = head(roi_features(extractor, features, rois))
+        stage_logits.append(logits)
+        boxes = decode(head.bbox_coder, rois, deltas, shape)  # (N, classes, 4), or (N, 1, 4) for all classes
+        # The next stage looks at the box of the class that this one prefers.
+        rois = boxes[:, 0] if head.reg_class_agnostic else take_class(boxes, logits[:, :-1].argmax(1))
+
+    cfg = roi_head.test_cfg
+    scores = torch.stack(stage_logits).mean(0).softmax(-1)[:, :-1]
+    count, classes = scores.shape
+    labels = torch.arange(classes, device=scores.device).expand(count, classes)
+    valid = (scores > cfg.score_thr) & found[:, None]
+    boxes = boxes.expand(count, classes, 4).reshape(-1, 4)
+    labels, scores, valid = labels.flatten(), scores.flatten(), valid.flatten()
+    boxes, labels, scores, _ = suppress(boxes, labels, scores, valid, labels, cfg.nms.iou_threshold, cfg.max_per_img)
+    return boxes, labels, scores
+
+
+def roi_masks(
+    roi_head: StandardRoIHead | CascadeRoIHead, features: Sequence[Tensor], boxes: Tensor, labels: Tensor
+) -> Tensor:
+    """Probabilities (K, h, w) inside the boxes (K, 4), averaged over the stages: `predict_mask` in mmdet."""
+    masks = []
+    for extractor, head in zip(as_list(roi_head.mask_roi_extractor), as_list(roi_head.mask_head), strict=True):
+        logits = head(roi_features(extractor, features, boxes))
+        masks.append((logits[:, 0] if head.class_agnostic else take_class(logits, labels)).sigmoid())
+    return torch.stack(masks).mean(0)
+
+
+def roi_features(extractor: SingleRoIExtractor, features: Sequence[Tensor], boxes: Tensor) -> Tensor:
+    """SingleRoIExtractor: (K, C, h, w), each of the boxes (K, 4) from the map that suits its size."""
+    features = features[: extractor.num_inputs]
+    levels = extractor.map_roi_levels(F.pad(boxes, (1, 0)), len(features))
+    out = features[0].new_zeros(())
+    for level, (feature, layer) in enumerate(zip(features, extractor.roi_layers, strict=True)):
+        here = levels == level
+        # Every map is asked for every box, but for the boxes of other maps no larger than a point: with
+        # sampling_ratio=0 that takes no sample, where a whole image at stride 4 would take thousands.
+        at = boxes.where(here[:, None], 0.0)
+        aligned = roi_align(feature, at, layer.output_size, layer.spatial_scale, layer.sampling_ratio)
+        out = torch.where(here[:, None, None, None], aligned, out)
+    return out
+
+
+def decode(coder: DeltaXYWHBBoxCoder, boxes: Tensor, deltas: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Boxes (N, 4) moved by deltas (N, classes * 4): (N, classes, 4), as the coder does it."""
+    moved = delta2bbox(
+        boxes, deltas, coder.means, coder.stds, add_ctr_clamp=coder.add_ctr_clamp, ctr_clamp=coder.ctr_clamp
+    ).view(len(boxes), -1, 4)
+    if not coder.clip_border:
+        return moved
+    # mmdet clips in place, which would be a ScatterND in ONNX.
+    height, width = shape
+    return torch.stack([moved[..., 0::2].clamp(0, width), moved[..., 1::2].clamp(0, height)], -1).flatten(-2)
+
+
+def suppress(
+    boxes: Tensor, labels: Tensor, scores: Tensor, valid: Tensor, groups: Tensor, iou_threshold: float, max_num: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """NMS within groups (N,) among those valid (N,): the best max_num boxes, labels, scores, and whether found.
+
+    Rows that hold nothing are zeros.
+    """
+    # Groups are moved apart as in mmcv's batched_nms, by the same distance: far out, it decides about rounding.
+    step = boxes.where(valid[:, None], 0.0).max() + 1
+    index = nms(boxes + (groups * step)[:, None], scores.where(valid, -1.0), iou_threshold, max_num)
+    found = index >= 0
+    index = index.clamp(min=0)
+    return (
+        boxes[index].where(found[:, None], 0.0),
+        labels[index].where(found, 0),
+        scores[index].where(found, 0.0),
+        found,
+    )
+
+
+def take_class(x: Tensor, labels: Tensor) -> Tensor:
+    """x (K, classes, ...) at each row's label (K,): (K, ...)."""
+    return x[torch.arange(len(x), device=x.device), labels]
+
+
+def as_list(module: Any) -> list[Any]:
+    """The stages of a cascade; what is no list of stages is the only one."""
+    return list(module) if isinstance(module, nn.ModuleList) else [module]
+
+
+def check_supported(model: BaseDetector) -> None:
+    """Whether every part of the model is one that is rewritten here; a subclass may predict in another way.
+
+    Raises:
+        ValueError: naming the part or the setting, and what is supported.
+    """
+    _require_type('model', model, MaskRCNN, FasterRCNN, CascadeRCNN, RetinaNet)
+    if isinstance(model, RetinaNet):
+        _check_dense_head('bbox_head', model.bbox_head, RetinaHead)
+        return
+    _check_dense_head('rpn_head', model.rpn_head, RPNHead)
+    roi_head = model.roi_head
+    _require_type('roi_head', roi_head, StandardRoIHead, CascadeRoIHead)
+    _require('roi_head.shared_head', roi_head.with_shared_head, not roi_head.with_shared_head, 'none')
+    _check_test_cfg('roi_head', roi_head.test_cfg)
+    for head in as_list(roi_head.bbox_head):
+        _require_type('roi_head.bbox_head', head, ConvFCBBoxHead, Shared2FCBBoxHead, Shared4Conv1FCBBoxHead)
+        _check_box_head('roi_head.bbox_head', head)
+    _check_extractors('roi_head.bbox_roi_extractor', roi_head.bbox_roi_extractor)
+    if roi_head.with_mask:
+        for head in as_list(roi_head.mask_head):
+            _require_type('roi_head.mask_head', head, FCNMaskHead)
+        _check_extractors('roi_head.mask_roi_extractor', roi_head.mask_roi_extractor)
+
+
+def _check_dense_head(name: str, head: Any, kind: type) -> None:
+    _require_type(name, head, kind)
+    _check_box_head(name, head)
+    _require_type(f'{name}.prior_generator', head.prior_generator, AnchorGenerator)
+    nms_pre = head.test_cfg.get('nms_pre', -1)
+    _require(f'{name}.test_cfg.nms_pre', nms_pre, nms_pre > 0, 'a positive number')
+    _check_test_cfg(name, head.test_cfg)
+
+
+def _check_box_head(name: str, head: Any) -> None:
+    _require_type(f'{name}.bbox_coder', head.bbox_coder, DeltaXYWHBBoxCoder)
+    loss = head.loss_cls
+    custom = getattr(loss, 'custom_cls_channels', False) or getattr(loss, 'custom_activation', False)
+    _require(f'{name}.loss_cls', loss, not custom, 'a loss after sigmoid or softmax')
+
+
+def _check_test_cfg(name: str, cfg: Any) -> None:
+    settings = cfg.get('nms')
+    plain = bool(settings) and settings.get('type') == 'nms' and set(settings) == {'type', 'iou_threshold'}
+    _require(f'{name}.test_cfg.nms', settings, plain, "dict(type='nms', iou_threshold=...)")
+    max_per_img = cfg.get('max_per_img', -1)
+    _require(f'{name}.test_cfg.max_per_img', max_per_img, max_per_img > 0, 'a positive number')
+
+
+def _check_extractors(name: str, extractors: nn.Module) -> None:
+    for extractor in as_list(extractors):
+        _require_type(name, extractor, SingleRoIExtractor)
+        for layer in extractor.roi_layers:
+            ok = isinstance(layer, mmcv.ops.RoIAlign) and layer.aligned and layer.pool_mode == 'avg'
+            _require(f'{name}.roi_layer', layer, ok, "RoIAlign with aligned=True and pool_mode='avg'")
+
+
+def _require_type(name: str, part: Any, *types: type) -> None:
+    _require(name, type(part).__name__, type(part) in types, ' or '.join(x.__name__ for x in types))
+
+
+def _require(name: str, value: Any, ok: bool, supported: str) -> None:
+    if not ok:
+        raise ValueError(f'{name} cannot be exported: supported is {supported}, got {value}')
+
+
+def unmatched(a: Detections, b: Detections, score_thr: float = 0.3) -> list[str]:
+    """What one model finds and the other does not, both ways.
+
+    Each detection with a score of score_thr or more needs a partner of its own among the other's: the same label, an
+    IoU of 0.95 or more, a score within 1e-3, and an IoU of 0.95 or more between the masks, cut at 0.5.
+
+    Args:
+        a, b: boxes (K, 4), labels (K,), scores (K,) and, in both or in neither, masks (K, h, w).
+
+    Returns:
+        A line for each detection without partner: none if the two agree.
+
+    Raises:
+        ValueError: only one of the two has masks.
+    """
+    if len(a) != len(b):
+        raise ValueError(
+            f'detections with masks cannot be compared with some without, got {len(a)} and {len(b)} tensors'
+        )
+    return [*_without_partner('first', a, b, score_thr), *_without_partner('second', b, a, score_thr)]
+
+
+def _without_partner(name: str, a: Detections, b: Detections, score_thr: float) -> list[str]:
+    boxes, labels, scores = a[:3]
+    overlap = bbox_overlaps(boxes, b[0])
+    # Boxes that were clipped to a line have no area.
+    overlap = overlap.where((boxes[:, None] - b[0]).abs().amax(-1) > 1e-2, 1.0)
+    agree = (overlap >= 0.95) & (labels[:, None] == b[1]) & ((scores[:, None] - b[2]).abs() <= 1e-3)
+    if len(a) > 3:
+        ours, theirs = ((x[3] > 0.5).flatten(1).float() for x in (a, b))
+        both = ours @ theirs.T
+        either = ours.sum(1)[:, None] + theirs.sum(1) - both
+        agree &= both >= 0.95 * either
+    lines = []
+    for row in (scores >= score_thr).nonzero().flatten().tolist():
+        partners = agree[row].nonzero().flatten()
+        if len(partners):
+            agree[:, partners[overlap[row, partners].argmax()]] = False
+        else:
+            box = ', '.join(f'{x:.1f}' for x in boxes[row].tolist())
+            lines.append(f'only the {name} has label {labels[row]}, score {scores[row]:.4f}, box ({box})')
+    return lines

@@ -1,0 +1,369 @@
+"""Whole detectors as one graph: against mmdet's own predict in PyTorch, and in onnxruntime against PyTorch."""
+
+import copy
+import functools
+from pathlib import Path
+
+import onnx
+import onnxruntime
+import pytest
+import torch
+from helpers import randomize, relative_error
+from mmdet.registry import MODELS
+from mmdet.structures import DetDataSample
+from mmengine.config import Config, ConfigDict
+from mmengine.registry import DefaultScope
+from torch import Tensor, nn
+
+from mmslide.deploy.detection import (
+    ONNX_TRANSLATIONS,
+    Detections,
+    ExportableDetector,
+    as_list,
+    dense_detections,
+    nms,
+    roi_align,
+    unmatched,
+)
+
+CONFIGS = Path(__file__).parents[1] / 'configs'
+SHAPE = (96, 128)
+CLASSES = 5
+STAGE_STDS = ([0.1, 0.1, 0.2, 0.2], [0.05, 0.05, 0.1, 0.1], [0.03, 0.03, 0.07, 0.07])
+
+
+def config(kind: str) -> ConfigDict:
+    """A small model; together they have every setting that the rewritten heads read."""
+    model = Config.fromfile(CONFIGS / 'mini/mask-rcnn_slide-pvt-mini_fpn_mini-coco.py').model
+    model.backbone.update(attn_backend='conv')
+    model.backbone.arch.depths = [1, 1, 1, 1]
+    model.train_cfg = None
+    if kind == 'retinanet':
+        retinanet = Config.fromfile(CONFIGS / '_base_/models/retinanet.py').model
+        retinanet.backbone = model.backbone
+        retinanet.neck.update(in_channels=model.neck.in_channels, out_channels=64)
+        retinanet.bbox_head.update(num_classes=CLASSES, in_channels=64, feat_channels=64, stacked_convs=2)
+        retinanet.bbox_head.bbox_coder.update(
+            target_stds=[0.1, 0.1, 0.2, 0.2], clip_border=False, add_ctr_clamp=True, ctr_clamp=1
+        )
+        retinanet.train_cfg = None
+        retinanet.test_cfg.update(nms_pre=300, min_bbox_size=8, score_thr=0.95)
+        return retinanet
+    model.roi_head.bbox_head.num_classes = model.roi_head.mask_head.num_classes = CLASSES
+    if kind == 'mask-rcnn class-agnostic':
+        return model
+    # A map that no RoI is taken from, fewer proposals than max_per_img, adaptive sampling.
+    model.neck.num_outs = 5
+    model.rpn_head.anchor_generator.strides = [4, 8, 16, 32, 64]
+    model.rpn_head.loss_cls.use_sigmoid = False
+    model.rpn_head.bbox_coder.update(target_means=[0.1, -0.2, 0.1, 0.3], target_stds=[0.5, 0.5, 0.25, 0.25])
+    model.test_cfg.rpn.update(nms=dict(type='nms', iou_threshold=0.3), min_bbox_size=4)
+    model.test_cfg.rcnn.update(score_thr=0.1)
+    model.roi_head.bbox_roi_extractor.roi_layer.sampling_ratio = 0
+    model.roi_head.mask_roi_extractor.roi_layer.sampling_ratio = 0
+    model.roi_head.mask_head.class_agnostic = False
+    model.roi_head.bbox_head.reg_class_agnostic = False
+    if kind == 'faster-rcnn':
+        model.type = 'FasterRCNN'
+        model.test_cfg.rcnn.score_thr = 0.65  # no detection at all on a blank image
+        model.roi_head.mask_head = model.roi_head.mask_roi_extractor = None
+    if kind == 'cascade':
+        model.type = 'CascadeRCNN'
+        model.roi_head.update(type='CascadeRoIHead', num_stages=3, stage_loss_weights=[1, 0.5, 0.25])
+        model.roi_head.bbox_head = [
+            dict(
+                model.roi_head.bbox_head,
+                type='ConvFCBBoxHead',
+                num_shared_convs=2,
+                num_shared_fcs=1,
+                conv_out_channels=64,
+                norm_cfg=dict(type='BN'),
+                reg_class_agnostic=agnostic,
+                reg_decoded_bbox=True,
+                loss_bbox=dict(type='GIoULoss'),
+                bbox_coder=dict(model.roi_head.bbox_head.bbox_coder, target_stds=stds),
+            )
+            for agnostic, stds in zip((False, True, False), STAGE_STDS, strict=True)
+        ]
+    return model
+
+
+# And how many detections there are at least.
+KINDS = {'mask-rcnn': 10, 'mask-rcnn class-agnostic': 10, 'faster-rcnn': 5, 'retinanet': 10, 'cascade': 10}
+# Of the random classifier, so that scores are spread over (0, 1).
+SPREAD = {'retinanet': 1.5, 'cascade': 8.0}
+
+
+@functools.cache
+def build(kind: str) -> nn.Module:
+    """Everything random, the statistics of batch norms too."""
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        model = randomize(MODELS.build(config(kind)))
+    generator = torch.Generator().manual_seed(0)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(generator=generator)
+            module.running_var.uniform_(0.5, 2, generator=generator)
+        elif name.endswith(('fc_cls', 'retina_cls')):
+            module.weight.data *= SPREAD.get(kind, 4.0)
+    return model.eval()
+
+
+def picture(seed: int = 0) -> Tensor:
+    """Noise at several scales, (1, 3, H, W): features differ from place to place."""
+    generator = torch.Generator().manual_seed(seed)
+    sides = [[side // scale for side in SHAPE] for scale in (4, 8, 16, 32)]
+    return sum(nn.functional.interpolate(torch.randn(1, 3, *side, generator=generator), SHAPE) for side in sides)
+
+
+BLANK = torch.zeros(1, 3, *SHAPE)
+
+
+@torch.no_grad()
+def mmdet_detections(model: nn.Module, image: Tensor, monkeypatch: pytest.MonkeyPatch) -> Detections:
+    """mmdet's own predict; the masks as its mask head gets them before they are pasted into the image."""
+    masks = []
+    if has_masks(model):
+        head = as_list(model.roi_head.mask_head)[-1]
+        paste = head.predict_by_feat
+
+        def record(mask_preds, results_list, *args, activate_map=False, **kwargs):
+            (x,), labels = mask_preds, results_list[0].labels
+            x = x[:, 0] if head.class_agnostic else x[range(len(x)), labels]
+            masks.append(x if activate_map else x.sigmoid())
+            return paste(mask_preds, results_list, *args, activate_map=activate_map, **kwargs)
+
+        monkeypatch.setattr(head, 'predict_by_feat', record)
+    sample = DetDataSample(metainfo=dict(img_shape=SHAPE, ori_shape=SHAPE, scale_factor=(1.0, 1.0)))
+    found = model.predict(image, [sample], rescale=False)[0].pred_instances
+    return found.bboxes, found.labels, found.scores, *masks
+
+
+def has_masks(model: nn.Module) -> bool:
+    return getattr(model, 'roi_head', None) is not None and model.roi_head.with_mask
+
+
+def assert_equals_mmdet(model: nn.Module, image: Tensor, monkeypatch: pytest.MonkeyPatch) -> int:
+    """One by one, in mmdet's order. Returns how many there are."""
+    expected = mmdet_detections(model, image, monkeypatch)
+    with torch.no_grad():
+        detections = ExportableDetector(model, SHAPE)(image)
+    rows, count = 100, len(expected[0])
+    assert [x.shape for x in detections[:3]] == [(rows, 4), (rows,), (rows,)]
+    assert len(detections) == 3 + has_masks(model)
+    assert not any(x[count:].any() for x in detections[:3])
+    if count == 0:
+        return 0
+    assert len(expected) == len(detections)
+    for value, reference in zip(detections, expected, strict=True):
+        assert relative_error(value[:count], reference) < 1e-5
+    return count
+
+
+@pytest.mark.parametrize(('kind', 'count'), KINDS.items())
+def test_equals_mmdet(kind, count, monkeypatch):
+    assert assert_equals_mmdet(build(kind), picture(), monkeypatch) >= count
+
+
+@pytest.mark.parametrize('kind', ['faster-rcnn', 'retinanet'])
+def test_without_detection(kind, monkeypatch):
+    assert assert_equals_mmdet(build(kind), BLANK, monkeypatch) == 0
+
+
+@pytest.mark.parametrize('kind', ['mask-rcnn', 'cascade'])
+def test_without_proposal(kind, monkeypatch):
+    model = build(kind)
+    monkeypatch.setitem(model.rpn_head.test_cfg, 'min_bbox_size', max(SHAPE))
+    assert assert_equals_mmdet(model, picture(), monkeypatch) == 0
+
+
+def test_number_of_proposals():
+    """The kinds stand for what they say: as many proposals as there is room for, and fewer."""
+    for kind, full in [('mask-rcnn', False), ('mask-rcnn class-agnostic', True)]:
+        model = build(kind)
+        with torch.no_grad():
+            *_, found = dense_detections(model.rpn_head, model.extract_feat(picture()), SHAPE)
+        assert len(found) == 100
+        assert 50 < found.sum() <= 100
+        assert found.all() == full
+
+
+def run(path: Path, *inputs: Tensor) -> Detections:
+    session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
+    names = [x.name for x in session.get_inputs()]
+    return tuple(map(torch.from_numpy, session.run(None, {k: v.numpy() for k, v in zip(names, inputs, strict=True)})))
+
+
+@torch.no_grad()
+def export(model: nn.Module, path: Path, *inputs: Tensor) -> None:
+    torch.onnx.export(
+        model, inputs, path, dynamo=True, custom_translation_table=ONNX_TRANSLATIONS, verbose=False, external_data=False
+    )
+    graph = onnx.load(path)
+    onnx.checker.check_model(graph)
+    assert {node.domain for node in graph.graph.node} == {''}
+    assert not graph.functions
+
+
+@pytest.fixture(scope='module')
+def exported(tmp_path_factory):
+    """The file of a kind, exported once."""
+    folder = tmp_path_factory.mktemp('onnx')
+
+    @functools.cache
+    def path(kind: str) -> Path:
+        path = folder / f'{kind}.onnx'
+        export(ExportableDetector(build(kind), SHAPE), path, picture())
+        return path
+
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(('kind', 'count'), KINDS.items())
+@pytest.mark.parametrize('seed', [0, 1])
+def test_onnx(kind, count, seed, exported):
+    """Also on an image that the export has not seen."""
+    image = picture(seed)
+    with torch.no_grad():
+        expected = ExportableDetector(build(kind), SHAPE)(image)
+    detections = run(exported(kind), image)
+    assert [x.shape for x in detections] == [x.shape for x in expected]
+    assert (expected[2] >= 0.3).sum() >= count
+    assert expected[1][expected[2] >= 0.3].unique().numel() > 1
+    assert unmatched(expected, detections) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('kind', ['faster-rcnn', 'retinanet'])
+def test_onnx_without_detection(kind, exported):
+    detections = run(exported(kind), BLANK)
+    assert not any(x.any() for x in detections)
+
+
+class Operators(nn.Module):
+    def forward(self, feature: Tensor, rois: Tensor, boxes: Tensor, scores: Tensor) -> tuple[Tensor, ...]:
+        aligned = [roi_align(feature, rois, (3, 5), 0.25, sampling_ratio) for sampling_ratio in (0, 1, 2)]
+        return *aligned, nms(boxes, scores, 0.2, 7)
+
+
+def test_onnx_operators(tmp_path):
+    """Boxes outside the map, as large as it, as small as a point; ties, twins, boxes without area, no candidate."""
+    feature = torch.randn(1, 4, 11, 17)
+    corners = torch.rand(40, 2, 2) * torch.tensor([80.0, 60.0]) - 6
+    rois = torch.cat([corners.amin(1), corners.amax(1)], 1)
+    rois[0], rois[1], rois[2] = torch.zeros(4), torch.tensor([3.0, 7, 3, 9]), torch.tensor([0.0, 0, 68, 44])
+    boxes, scores = torch.cat([rois, rois[:3], rois[10:20] + 0.5]), torch.rand(53)
+    scores[20:30] = scores[20]
+    scores[30:40] = -1
+    scores[50] = 0
+    inputs = (feature, rois, boxes, scores)
+    export(Operators().eval(), tmp_path / 'operators.onnx', *inputs)
+    few, none = torch.full_like(scores, -1), torch.full_like(scores, -1)
+    few[:3], few[41] = torch.tensor([0.0, 0.5, 0.5]), 0.1
+    for candidates, count in [(scores, 7), (few, 4), (none, 0)]:
+        expected = Operators()(*inputs[:3], candidates)
+        *aligned, kept = run(tmp_path / 'operators.onnx', *inputs[:3], candidates)
+        assert all(relative_error(x, reference) < 1e-5 for x, reference in zip(aligned, expected, strict=False))
+        assert torch.equal(kept, expected[-1])
+        assert (kept >= 0).sum() == count
+
+
+def detections() -> Detections:
+    """Ten on a diagonal, from score 0.95 down to 0.05; one has no area."""
+    start = torch.arange(10.0)[:, None] * 20
+    boxes = torch.cat([start, start, start + 18, start + 18], 1)
+    boxes[3, 2] = boxes[3, 0]
+    masks = torch.zeros(10, 28, 28)
+    masks[:, 4:24, 4:24] = 0.9
+    return boxes, torch.arange(10) % 3, torch.linspace(0.95, 0.05, 10), masks
+
+
+def changed(index: int, row: int, value: float) -> Detections:
+    other = tuple(x.clone() for x in detections())
+    other[index][row] += value
+    return other
+
+
+def test_unmatched():
+    ours = detections()
+    order = torch.randperm(10)
+    assert unmatched(ours, ours) == []
+    assert unmatched(ours, tuple(x[order] for x in ours)) == []
+    assert unmatched(ours[:3], ours[:3]) == []
+    for index, row, value in [(0, 2, 0.2), (2, 2, 9e-4), (0, 8, 50.0), (1, 8, 1), (2, 8, 0.1), (3, 8, -0.9)]:
+        assert unmatched(ours, changed(index, row, value)) == []
+    for index, row, value in [(0, 2, 0.6), (0, 3, 0.6), (1, 2, 1), (2, 2, 2e-3), (3, 2, -0.9)]:
+        lines = unmatched(ours, changed(index, row, value))
+        assert len(lines) == 2
+        assert lines[0].startswith('only the first has label')
+        assert lines[1].startswith('only the second has label')
+    (line,) = unmatched(ours, changed(2, 2, -0.75))
+    assert line == 'only the first has label 2, score 0.7500, box (40.0, 40.0, 58.0, 58.0)'
+    # One cannot be the partner of two.
+    twin = tuple(torch.cat([x, x[2:3]]) for x in ours)
+    assert [line[:17] for line in unmatched(ours, twin)] == ['only the second h']
+    with pytest.raises(ValueError, match='got 4 and 3 tensors'):
+        unmatched(ours, ours[:3])
+
+
+GENERIC_EXTRACTOR = dict(
+    _delete_=True,
+    type='GenericRoIExtractor',
+    roi_layer=dict(type='RoIAlign', output_size=14),
+    out_channels=64,
+    featmap_strides=[4, 8, 16, 32],
+)
+
+
+@pytest.mark.parametrize(
+    ('kind', 'change', 'message'),
+    [
+        ('retinanet', dict(type='PAA'), 'model cannot be exported: supported is MaskRCNN or .*, got PAA'),
+        ('retinanet', dict(bbox_head=dict(type='PISARetinaHead')), 'bbox_head .* is RetinaHead, got PISARetinaHead'),
+        ('retinanet', dict(test_cfg=dict(nms=dict(type='soft_nms'))), r'bbox_head.test_cfg.nms .*, got .*soft_nms'),
+        ('retinanet', dict(test_cfg=dict(nms_pre=-1)), 'bbox_head.test_cfg.nms_pre .* a positive number, got -1'),
+        ('mask-rcnn', dict(test_cfg=dict(rpn=dict(max_per_img=-1))), 'rpn_head.test_cfg.max_per_img .*, got -1'),
+        ('mask-rcnn', dict(test_cfg=dict(rcnn=dict(nms=dict(class_agnostic=True)))), 'roi_head.test_cfg.nms'),
+        (
+            'mask-rcnn',
+            dict(roi_head=dict(bbox_head=dict(type='SCNetBBoxHead', num_shared_fcs=1))),
+            'roi_head.bbox_head .*, got SCNetBBoxHead',
+        ),
+        ('mask-rcnn', dict(roi_head=dict(type='PISARoIHead')), 'roi_head .* or CascadeRoIHead, got PISARoIHead'),
+        (
+            'mask-rcnn',
+            dict(roi_head=dict(mask_roi_extractor=GENERIC_EXTRACTOR)),
+            'roi_head.mask_roi_extractor .* is SingleRoIExtractor, got GenericRoIExtractor',
+        ),
+        (
+            'mask-rcnn',
+            dict(roi_head=dict(bbox_roi_extractor=dict(roi_layer=dict(aligned=False)))),
+            r'bbox_roi_extractor.roi_layer .* aligned=True .*, got RoIAlign\(.*aligned=False',
+        ),
+        (
+            'mask-rcnn',
+            dict(rpn_head=dict(bbox_coder=dict(type='TBLRBBoxCoder', _delete_=True))),
+            'rpn_head.bbox_coder .* is DeltaXYWHBBoxCoder, got TBLRBBoxCoder',
+        ),
+    ],
+)
+def test_refused_models(kind, change, message):
+    model = Config(dict(model=config(kind)))
+    model.merge_from_dict(dict(model=change))
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        built = MODELS.build(model.model).eval()
+    with pytest.raises(ValueError, match=message):
+        ExportableDetector(built, SHAPE)
+
+
+def test_errors():
+    model = build('retinanet')
+    with pytest.raises(ValueError, match=r'multiples of the pad_size_divisor 32, got shape=\(96, 100\)'):
+        ExportableDetector(model, (96, 100))
+    detector = ExportableDetector(model, SHAPE)
+    for shape in [(2, 3, 96, 128), (1, 3, 128, 96), (3, 96, 128)]:
+        with pytest.raises(ValueError, match=r'the image must be \(1, 3, 96, 128\), got'):
+            detector(torch.zeros(shape))
+    with pytest.raises(ValueError, match='must be in eval mode'):
+        ExportableDetector(copy.deepcopy(model).train(), SHAPE)
