@@ -5,8 +5,8 @@ With W the merged kernels, b their biases and r the relative position bias, for 
     logit_j = s · [ Σ_t Σ_c q_c · k_c(p + t) · W[c, j, t] + Σ_c q_c · (b[c, j] + r[h, j]) ]
     out_c   = Σ_t v_c(p + t) · Σ_j a_j · W[c, j, t] + Σ_j a_j · b[c, j]
 
-The rows of the map are worked off in blocks that fit the cache. Only q, k, v and the parameters are kept for backward,
-which recomputes the attention block by block.
+The maps are worked off in blocks that fit the cache: some rows of one image, or some whole images. Only q, k, v and the
+parameters are kept for backward, which recomputes the attention block by block.
 """
 
 from collections.abc import Iterator
@@ -113,10 +113,10 @@ def _backward(
         grad_by_slot.addmm_(dropped.flatten(1), value_products.view(-1, taps.by_slot.shape[1]))
         grad_bias.addmm_(query.flatten(0, -2).t(), grad_logits.flatten(1).t())
         grad_bias.addmm_(grad.flatten(0, -2).t(), dropped.flatten(1).t())
-        grad_rpb += (query.sum(-1) * grad_logits).sum((1, 2)).t()
+        grad_rpb += (query.sum(-1) * grad_logits).sum((1, 2, 3)).t()
 
         spread = taps.spread(grad_logits)
-        bias_and_rpb = (grad_logits * rpb.t()[:, None, None]).sum(0).unsqueeze(-1)
+        bias_and_rpb = (grad_logits * rpb.t()[:, None, None, None]).sum(0).unsqueeze(-1)
         direct = per_channel(grad_logits, bias) + bias_and_rpb
         grad_q[block] = torch.mul(spread, keys, out=key_products).flatten(-3, -2).sum(-2).add_(direct)
         taps.scatter(spread.mul_(query[..., None, None, :]), grad_k, block)
@@ -127,28 +127,28 @@ def _backward(
 
 
 def per_slot(x: Tensor, bias: Tensor) -> Tensor:
-    """Σ_c x_c · b[c, j]: (rows, W, heads, d) to (k², rows, W, heads)."""
+    """Σ_c x_c · b[c, j]: (images, rows, W, heads, d) to (k², images, rows, W, heads)."""
     return (bias.t() @ x.reshape(-1, x.shape[-1]).t()).view(-1, *x.shape[:-1])
 
 
 def per_channel(a: Tensor, bias: Tensor) -> Tensor:
-    """Σ_j a_j · b[c, j]: (k², rows, W, heads) to (rows, W, heads, d)."""
+    """Σ_j a_j · b[c, j]: (k², images, rows, W, heads) to (images, rows, W, heads, d)."""
     return (a.flatten(1).t() @ bias.t()).view(*a.shape[1:], -1)
 
 
 def slots_first(x: Tensor) -> Tensor:
-    """(rows, W, heads, k²) to (k², rows, W, heads)."""
-    return x.permute(3, 0, 1, 2)
+    """(images, rows, W, heads, k²) to (k², images, rows, W, heads)."""
+    return x.movedim(-1, 0)
 
 
-Block = tuple[int, slice]  # an image of the batch and a range of its rows
+Block = tuple[slice, slice]  # some images and some of their rows
 
 
 class _Taps:
     """The steps that forward and backward share, for one map size.
 
-    Blocks of channels are (rows, W, heads, d), of taps (rows, W, heads, k, k, d). Slots lead, (k², rows, W, heads): a
-    softmax over the last axis, with so few of them, is 20 times slower.
+    Blocks of channels are (images, rows, W, heads, d), of taps (images, rows, W, heads, k, k, d), of slots (k², images,
+    rows, W, heads): a softmax over the last axis, with so few of them, is 20 times slower.
     """
 
     def __init__(self, q: Tensor, weight: Tensor) -> None:
@@ -159,54 +159,65 @@ class _Taps:
         self.by_slot = weight.permute(1, 2, 3, 0).reshape(weight.shape[1], -1)
         row_bytes = self.width * self.heads * self.by_slot.shape[1] * weight.element_size()
         budget = CPU_BLOCK_BYTES if q.device.type == 'cpu' else DEVICE_BLOCK_BYTES
-        self.rows = max(1, min(self.height, budget // max(1, row_bytes)))
+        rows = max(1, budget // max(1, row_bytes))
+        self.rows = min(self.height, rows)
+        self.images = max(1, min(self.batch, rows // max(1, self.height)))
 
     def blocks(self) -> Iterator[Block]:
-        for image in range(self.batch):
-            for start in range(0, self.height, self.rows):
-                yield image, slice(start, min(start + self.rows, self.height))
+        for image in range(0, self.batch, self.images):
+            for row in range(0, self.height, self.rows):
+                yield (
+                    slice(image, min(image + self.images, self.batch)),
+                    slice(row, min(row + self.rows, self.height)),
+                )
 
     def windows(self, x: Tensor, block: Block) -> Tensor:
-        """The k×k zero-padded neighbours of each pixel, an overlapping view: (rows, W, heads, k, k, d)."""
-        image, rows = block
+        """The k×k zero-padded neighbours of each pixel, an overlapping view: (images, rows, W, heads, k, k, d)."""
+        images, rows = block
         first, last = max(0, rows.start - self.pad), min(self.height, rows.stop + self.pad)
         count = rows.stop - rows.start
-        padded = self.by_slot.new_zeros(count + 2 * self.pad, self.width + 2 * self.pad, self.heads, self.head_dims)
+        padded = self.padded(images.stop - images.start, count)
         offset = first - (rows.start - self.pad)
-        padded[offset : offset + last - first, self.pad : self.pad + self.width] = x[image, first:last]
-        row, column, head, channel = padded.stride()
+        padded[:, offset : offset + last - first, self.pad : self.pad + self.width] = x[images, first:last]
+        image, row, column, head, channel = padded.stride()
         return padded.as_strided(
-            (count, self.width, self.heads, self.kernel_size, self.kernel_size, self.head_dims),
-            (row, column, head, row, column, channel),
+            (len(padded), count, self.width, self.heads, self.kernel_size, self.kernel_size, self.head_dims),
+            (image, row, column, head, row, column, channel),
+        )
+
+    def padded(self, images: int, rows: int) -> Tensor:
+        """Zeros for a block and its halo: (images, rows + 2 pad, W + 2 pad, heads, d)."""
+        return self.by_slot.new_zeros(
+            images, rows + 2 * self.pad, self.width + 2 * self.pad, self.heads, self.head_dims
         )
 
     def products(self, x: Tensor, windows: Tensor) -> Tensor:
-        """x_c(p) · y_c(p + t): (rows, W, heads, k, k, d)."""
+        """x_c(p) · y_c(p + t): (images, rows, W, heads, k, k, d)."""
         products = windows.new_empty(windows.shape)  # contiguous, unlike the product of two odd views
         return torch.mul(x[..., None, None, :], windows, out=products)
 
     def gather(self, products: Tensor) -> Tensor:
-        """Σ_t Σ_c products[t, c] · W[c, j, t]: (k², rows, W, heads)."""
-        return (self.by_slot @ products.view(-1, self.by_slot.shape[1]).t()).view(-1, *products.shape[:3])
+        """Σ_t Σ_c products[t, c] · W[c, j, t]: (k², images, rows, W, heads)."""
+        return (self.by_slot @ products.view(-1, self.by_slot.shape[1]).t()).view(-1, *products.shape[:4])
 
     def spread(self, a: Tensor) -> Tensor:
-        """Σ_j a_j · W[c, j, t]: (rows, W, heads, k, k, d)."""
+        """Σ_j a_j · W[c, j, t]: (images, rows, W, heads, k, k, d)."""
         shape = (*a.shape[1:], self.kernel_size, self.kernel_size, self.head_dims)
         return (a.flatten(1).t() @ self.by_slot).view(shape)
 
     def softmax(self, query: Tensor, products: Tensor, bias: Tensor, rpb: Tensor, scale: float) -> Tensor:
-        """The attention weights from q_c(p) · k_c(p + t): (k², rows, W, heads)."""
-        logits = self.gather(products).add_(per_slot(query, bias)).add_(query.sum(-1) * rpb.t()[:, None, None])
+        """The attention weights from q_c(p) · k_c(p + t): (k², images, rows, W, heads)."""
+        logits = self.gather(products).add_(per_slot(query, bias)).add_(query.sum(-1) * rpb.t()[:, None, None, None])
         return logits.mul_(scale).softmax(0)
 
     def scatter(self, contributions: Tensor, grad: Tensor, block: Block) -> None:
-        """Adds what each pixel gives to its k×k neighbours, (rows, W, heads, k, k, d), to grad (B, H, W, heads, d)."""
-        image, rows = block
+        """Adds what each pixel gives to its k×k neighbours, a block of taps, to grad (B, H, W, heads, d)."""
+        images, rows = block
         count = rows.stop - rows.start
-        padded = contributions.new_zeros(count + 2 * self.pad, self.width + 2 * self.pad, self.heads, self.head_dims)
+        padded = self.padded(images.stop - images.start, count)
         for i in range(self.kernel_size):
             for j in range(self.kernel_size):
-                padded[i : i + count, j : j + self.width] += contributions[..., i, j, :]
+                padded[:, i : i + count, j : j + self.width] += contributions[..., i, j, :]
         first, last = max(0, rows.start - self.pad), min(self.height, rows.stop + self.pad)
         offset = first - (rows.start - self.pad)
-        grad[image, first:last] += padded[offset : offset + last - first, self.pad : self.pad + self.width]
+        grad[images, first:last] += padded[:, offset : offset + last - first, self.pad : self.pad + self.width]
