@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import GOLDEN, golden_state, randomize, relative_error
 
+from mmslide.benchmark.baselines import two_path
 from mmslide.models.attention import SlideAttention
 from mmslide.ops import slide_attention, tapwise
 from mmslide.weights import layouts
@@ -168,24 +169,10 @@ def test_module_gives_the_authors_numbers(name, backend):
 
 
 def two_paths(module, x):
-    """The module as the paper trains it: a fixed and a learned depthwise convolution, added."""
-    batch, height, width, channels = x.shape
-    slots, kernel_size = module.shift.shape[:2]
-    heads, head_dims = module.num_heads, channels // module.num_heads
-    q, k, v = module.qkv(x).view(batch, height, width, 3, heads, head_dims).permute(3, 0, 4, 5, 1, 2).flatten(1, 2)
-
-    def shifted(maps):
-        convolve = torch.nn.functional.conv2d
-        fixed = module.shift.unsqueeze(1).repeat(head_dims, 1, 1, 1)
-        learned = module.deform_weight.flatten(0, 1).unsqueeze(1)
-        paths = [(fixed, module.shift_bias), (learned, module.deform_bias)]
-        out = sum(convolve(maps, w, b.flatten(), padding=kernel_size // 2, groups=head_dims) for w, b in paths)
-        return out.view(batch, heads, head_dims, slots, height, width)
-
-    q = q.view(batch, heads, head_dims, 1, height, width)
-    keys = shifted(k) + module.relative_position_bias.view(1, heads, 1, slots, 1, 1)
-    attention = (head_dims**-0.5 * (q * keys).sum(2, keepdim=True)).softmax(3)
-    return module.proj((attention * shifted(v)).sum(3).permute(0, 3, 4, 1, 2).flatten(3))
+    """The module as the paper trains it."""
+    q, k, v = module.qkv(x).unflatten(-1, (3, module.num_heads, -1)).unbind(3)
+    biases = module.shift_bias, module.deform_weight, module.deform_bias, module.relative_position_bias
+    return module.proj(two_path(q, k, v, module.shift, *biases).flatten(3))
 
 
 @pytest.mark.parametrize('kernel_size', [3, 5])

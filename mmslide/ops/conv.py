@@ -15,8 +15,8 @@ def conv(
     dropout_mask: Tensor | None = None,
 ) -> Tensor:
     """See `mmslide.ops.slide_attention` for shapes. Stores K and V k² times over."""
-    keys = _depthwise(k, weight, bias) + rpb.view(-1, 1, rpb.shape[-1], 1, 1)  # (B, heads, d, k², H, W)
-    values = _depthwise(v, weight, bias)
+    keys = depthwise(k, weight, bias) + rpb.view(-1, 1, rpb.shape[-1], 1, 1)  # (B, heads, d, k², H, W)
+    values = depthwise(v, weight, bias)
     # One (1, d) by (d, k²) product for each pixel and head.
     attention = (scale * q.unsqueeze(-2) @ keys.permute(0, 4, 5, 1, 2, 3)).softmax(dim=-1)  # (B, H, W, heads, 1, k²)
     if dropout_mask is not None:
@@ -24,7 +24,7 @@ def conv(
     return (attention @ values.permute(0, 4, 5, 1, 3, 2)).squeeze(-2)
 
 
-def _depthwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def depthwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """(B, H, W, heads, d) to (B, heads, d, k², H, W); heads share the kernels, so they join the batch."""
     batch, height, width, heads, head_dims = x.shape
     kernel_size = weight.shape[-1]

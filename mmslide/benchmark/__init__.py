@@ -1,0 +1,19 @@
+from .cost import Cost, measure_cost, plot_cost
+from .measure import Machine, Measurement, Side, compare, measure_machine
+from .pairs import BACKBONES, Pair, backbone_pair, model_pair, op_pair
+
+__all__ = [
+    'BACKBONES',
+    'Cost',
+    'Machine',
+    'Measurement',
+    'Pair',
+    'Side',
+    'backbone_pair',
+    'compare',
+    'measure_cost',
+    'measure_machine',
+    'model_pair',
+    'op_pair',
+    'plot_cost',
+]

@@ -1,0 +1,52 @@
+"""Slide Attention as others compute it: what `tools/benchmark.py` measures against and the tests compare with."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmslide.ops.conv import depthwise
+
+
+def two_path(
+    q: Tensor, k: Tensor, v: Tensor, shift: Tensor, shift_bias: Tensor, deform: Tensor, deform_bias: Tensor, rpb: Tensor
+) -> Tensor:
+    """As the paper trains it (CVPR 2023, arXiv 2304.04237, section 4.3): a fixed and a learned convolution, added.
+
+    Args:
+        q, k, v: (B, H, W, heads, d).
+        shift: (k², k, k), the same for all channels.
+        deform: (d, k², k, k).
+        shift_bias, deform_bias: (d, k²).
+        rpb: (heads, k²).
+    """
+    fixed = shift.expand_as(deform)
+
+    def shifted(x: Tensor) -> Tensor:
+        return depthwise(x, fixed, shift_bias) + depthwise(x, deform, deform_bias)  # (B, heads, d, k², H, W)
+
+    return _attend(q, shifted(k), shifted(v), rpb)
+
+
+def im2col(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, bias: Tensor, rpb: Tensor) -> Tensor:
+    """As local attention without special kernels is usually written: unfold every neighbourhood, then deform it.
+
+    Args:
+        weight, bias, rpb: as for `mmslide.ops.slide_attention`.
+    """
+    _, height, width, heads, head_dims = q.shape
+    kernel_size = weight.shape[-1]
+
+    def shifted(x: Tensor) -> Tensor:
+        columns = F.unfold(x.flatten(3).permute(0, 3, 1, 2), kernel_size, padding=kernel_size // 2)
+        # (B, heads, d, 1, t, H·W) and (d, k², t, 1): slots are sums over the taps t of each channel.
+        columns = columns.unflatten(1, (heads, head_dims, kernel_size**2))
+        slots = weight.flatten(2) @ columns + bias.unsqueeze(-1)
+        return slots.unflatten(-1, (height, width))
+
+    return _attend(q, shifted(k), shifted(v), rpb)
+
+
+def _attend(q: Tensor, keys: Tensor, values: Tensor, rpb: Tensor) -> Tensor:
+    """q (B, H, W, heads, d), keys and values (B, heads, d, k², H, W), to (B, H, W, heads, d)."""
+    queries = q.shape[-1] ** -0.5 * q.permute(0, 3, 4, 1, 2).unsqueeze(3)
+    attention = (queries * (keys + rpb[:, None, :, None, None])).sum(2, keepdim=True).softmax(3)
+    return (attention * values).sum(3).permute(0, 3, 4, 1, 2)

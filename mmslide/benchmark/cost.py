@@ -1,0 +1,95 @@
+"""Cost against the number of pixels."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use('Agg')
+import matplotlib.pyplot as plt
+import torch
+
+from mmslide.models.attention import SubsampledAttention
+
+from .measure import Measurement, compare
+from .pairs import Pair
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one image size.
+
+    Args:
+        pixels: of the image.
+        global_seconds: what of ours goes into attention to all pixels of a map, which is quadratic by design; 0 in
+            training and where there is none.
+    """
+
+    pixels: int
+    ours: Measurement
+    baseline: Measurement
+    global_seconds: float
+
+
+def measure_cost(
+    build: Callable[[int], Pair], sides: Sequence[int], training: bool, seconds: float, report: Callable[[Cost], Any]
+) -> list[Cost]:
+    """Measures pairs at square images with these sides in pixels, and reports each as soon as it is there."""
+    costs = []
+    for side in sides:
+        pair = build(side)
+        ours, baseline = compare(pair.ours, pair.baseline, training, pair.tolerance, seconds)
+        cost = Cost(side * side, ours, baseline, 0.0 if training else _global_seconds(pair))
+        report(cost)
+        costs.append(cost)
+    return costs
+
+
+def plot_cost(costs: Sequence[Cost], title: str, names: tuple[str, str], file: Path) -> None:
+    """Draws time and memory of both sides against pixels, beside lines of growth in proportion."""
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
+    pixels = [cost.pixels / 1e6 for cost in costs]
+    panels = [
+        ('time (ms)', lambda x: 1e3 * x.seconds, [1e3 * cost.global_seconds for cost in costs]),
+        ('peak memory (MB)', lambda x: x.peak_bytes / 1e6, None),
+    ]
+    for ax, (label, value, part) in zip(axes, panels, strict=True):
+        for name, side in zip(names, ('ours', 'baseline'), strict=True):
+            ax.plot(pixels, [value(getattr(cost, side)) for cost in costs], marker='o', label=name)
+        if part and any(part):
+            ax.plot(pixels, part, marker='o', linestyle=':', label=f'{names[0]}: global attention alone')
+        first = value(costs[0].ours)
+        ax.plot(pixels, [first * x / pixels[0] for x in pixels], color='gray', linestyle='--', label='in proportion')
+        ax.set(xscale='log', yscale='log', xlabel='pixels of the image (10⁶)', ylabel=label)
+        ax.legend()
+    figure.suptitle(title)
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
+
+
+def _global_seconds(pair: Pair) -> float:
+    """The time inside the modules that attend to a whole map, on a CPU."""
+    modules = [x for x in pair.model.modules() if isinstance(x, SubsampledAttention)] if pair.model else []
+    if not modules or next(iter(pair.ours.inputs.values())).device.type != 'cpu':
+        return 0.0
+    total, started = 0.0, 0.0
+
+    def start(*_: Any) -> None:
+        nonlocal started
+        started = time.perf_counter()
+
+    def stop(*_: Any) -> None:
+        nonlocal total
+        total += time.perf_counter() - started
+
+    handles = [
+        handle for x in modules for handle in (x.register_forward_pre_hook(start), x.register_forward_hook(stop))
+    ]
+    with torch.no_grad():
+        pair.ours.forward()
+    for handle in handles:
+        handle.remove()
+    return total

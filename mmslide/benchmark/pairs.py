@@ -1,0 +1,337 @@
+"""What is measured against what: the op, backbones, whole models."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from mmcv.cnn.bricks import DropPath
+from mmengine.config import Config
+from mmengine.model import revert_sync_batchnorm
+from mmengine.registry import MODELS, DefaultScope
+from torch import Tensor, nn
+
+from mmslide.flops import DENSE_HEADS, count_macs
+from mmslide.models import SlidePVT, SlideSwin, TwinsPCPVT, TwinsSVT
+from mmslide.models.attention import SlideAttention
+from mmslide.ops import slide_attention
+from mmslide.weights import load_pretrained
+
+from .baselines import im2col, two_path
+from .measure import Side, check
+
+# One rounding of the result and of what it is made of.
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+SMALL_SHAPE = (64, 96)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two sides that do the same work.
+
+    Args:
+        tolerance: of their results; None for different functions, each of which was checked when the pair was made.
+        moved_bytes: what a step of ours has to read and write at least.
+        operations: of a step of ours, a multiply-add being two.
+        images: of a step.
+        model: ours as a module, where it is one.
+    """
+
+    name: str
+    ours: Side
+    baseline: Side
+    tolerance: float | None
+    moved_bytes: int
+    operations: int
+    images: int
+    model: nn.Module | None = None
+
+
+def op_pair(
+    height: int,
+    width: int,
+    embed_dims: int,
+    num_heads: int,
+    *,
+    batch: int = 1,
+    kernel_size: int = 3,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = 'cpu',
+    backend: str | None = None,
+    training: bool = False,
+    baseline: str = 'two-path',
+) -> Pair:
+    """Slide Attention on a map (batch, height, width, embed_dims), random parameters in both paths.
+
+    Both sides get q, k, v as views of one projection and the kernels of both paths, as the module has them: merging
+    them is part of ours.
+
+    Args:
+        backend: of `mmslide.ops.slide_attention`.
+        baseline: 'two-path' (how the paper trains), 'im2col', or a backend: 'conv' is how the paper infers.
+    """
+    head_dims, slots = embed_dims // num_heads, kernel_size**2
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device)
+
+    qkv = draw(batch, height, width, 3, num_heads, head_dims).to(dtype).requires_grad_()
+    shift = torch.eye(slots, device=device).view(slots, kernel_size, kernel_size)
+    deform, shift_bias, deform_bias, rpb = (
+        x.requires_grad_()
+        for x in (
+            draw(head_dims, slots, kernel_size, kernel_size) / kernel_size,
+            0.1 * draw(head_dims, slots),
+            0.1 * draw(head_dims, slots),
+            0.1 * draw(num_heads, slots),
+        )
+    )
+
+    def merged(attend: Callable[..., Tensor]) -> list[Tensor]:
+        return [attend(*qkv.unbind(3), shift + deform, shift_bias + deform_bias, rpb)]
+
+    def both_paths() -> list[Tensor]:
+        parameters = (x.to(dtype) for x in (shift, shift_bias, deform, deform_bias, rpb))
+        return [two_path(*qkv.unbind(3), *parameters)]
+
+    def unfolded() -> list[Tensor]:
+        return merged(lambda q, k, v, *parameters: im2col(q, k, v, *(x.to(dtype) for x in parameters)))
+
+    if baseline == 'two-path':
+        theirs: Callable[[], list[Tensor]] = both_paths
+    elif baseline == 'im2col':
+        theirs = unfolded
+    else:
+        theirs = partial(merged, partial(slide_attention, backend=baseline))
+    inputs = dict(qkv=qkv, deform=deform, shift_bias=shift_bias, deform_bias=deform_bias, rpb=rpb)
+    return Pair(
+        name=f'{height}×{width}×{embed_dims}, {num_heads} heads, k={kernel_size}',
+        ours=Side(backend or 'ours', partial(merged, partial(slide_attention, backend=backend)), inputs),
+        baseline=Side(baseline, theirs, inputs),
+        tolerance=TOLERANCE[dtype],
+        # Forward reads q, k, v and writes the output; backward reads them and a gradient and writes three.
+        moved_bytes=qkv.nbytes // 3 * (4 + 7 * training),
+        operations=2 * 2 * (slots * slots + slots) * qkv.numel() // 3 * (1 + 2 * training),
+        images=batch,
+    )
+
+
+@dataclass(frozen=True)
+class Backbones:
+    """Ours and what it is measured against.
+
+    Args:
+        host: ours as the same function as the baseline, which takes the baseline's weights; None where none exists.
+    """
+
+    ours: Callable[..., nn.Module]
+    framework: str
+    baseline: str
+    baseline_kwargs: dict[str, Any]
+    host: Callable[..., nn.Module] | None
+
+    def build_baseline(self) -> nn.Module:
+        module = import_module(f'{self.framework}.models.backbones')
+        return getattr(module, self.baseline)(**self.baseline_kwargs)
+
+
+_PVT_SMALL = dict(num_layers=[3, 4, 6, 3])
+_PVT = partial(SlidePVT, 'small', norm_after_stage=False)
+_LN = dict(type='LN')  # mmseg's eps
+_PCPVT_SMALL = dict(
+    embed_dims=[64, 128, 320, 512], num_heads=[1, 2, 5, 8], mlp_ratios=[8, 8, 4, 4], depths=[3, 4, 6, 3], qkv_bias=True
+)
+_SVT_SMALL = dict(
+    embed_dims=[64, 128, 256, 512],
+    num_heads=[2, 4, 8, 16],
+    mlp_ratios=[4, 4, 4, 4],
+    depths=[2, 2, 10, 4],
+    sr_ratios=[8, 4, 2, 1],
+    windiow_sizes=[7, 7, 7, 7],  # so spelt in mmseg
+    qkv_bias=True,
+)
+_PVT_HOST = partial(_PVT, slide_stages=())
+_SWIN_HOST = partial(SlideSwin, 'tiny', slide_stages=())
+_PCPVT = partial(TwinsPCPVT, 'small', norm_cfg=_LN)
+_SVT = partial(TwinsSVT, 'small', norm_cfg=_LN)
+BACKBONES = {
+    'slide-pvt-s': Backbones(_PVT, 'mmdet', 'PyramidVisionTransformer', _PVT_SMALL, _PVT_HOST),
+    'slide-pvt-s/pvtv2-b2': Backbones(
+        _PVT, 'mmdet', 'PyramidVisionTransformerV2', dict(_PVT_SMALL, embed_dims=64), None
+    ),
+    'slide-swin-t': Backbones(partial(SlideSwin, 'tiny'), 'mmdet', 'SwinTransformer', {}, _SWIN_HOST),
+    'pvt-s': Backbones(_PVT_HOST, 'mmdet', 'PyramidVisionTransformer', _PVT_SMALL, _PVT_HOST),
+    'swin-t': Backbones(_SWIN_HOST, 'mmdet', 'SwinTransformer', {}, _SWIN_HOST),
+    'twins-pcpvt-s': Backbones(_PCPVT, 'mmseg', 'PCPVT', _PCPVT_SMALL, _PCPVT),
+    'twins-svt-s': Backbones(_SVT, 'mmseg', 'SVT', _SVT_SMALL, _SVT),
+}
+
+
+def backbone_pair(
+    name: str,
+    height: int,
+    width: int,
+    *,
+    batch: int = 1,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = 'cpu',
+    backend: str | None = None,
+    training: bool = False,
+) -> Pair:
+    """A backbone of ours beside mmdet's or mmseg's of the same size, on images (batch, 3, height, width).
+
+    Where both are the same function, ours has the baseline's weights and the results are compared. Of a Slide backbone,
+    which is another function, are checked: its host against the baseline, and the op inside it against the reference.
+
+    Args:
+        name: of `BACKBONES`.
+    """
+    row = BACKBONES[name]
+    baseline = _prepare(row.build_baseline(), dtype, device, training)
+    kwargs = {} if name.startswith('twins-pcpvt') else dict(attn_backend=backend)
+    ours = row.ours(drop_path_rate=0.0, **kwargs)
+    same = row.ours is row.host
+    if row.host is not None:
+        host = ours if same else row.host(drop_path_rate=0.0)
+        _copy_weights(baseline, host)
+        if not same:
+            _agree(
+                f'the host of {name}', _prepare(host, dtype, device, training), row.baseline, baseline, dtype, device
+            )
+    ours = _prepare(ours, dtype, device, training)
+    if not same:
+        _check_op(name, ours, dtype, device)
+    return _model_pair(name, ours, name, baseline, row.baseline, (batch, 3, height, width), same, dtype, device)
+
+
+def model_pair(
+    config: Config,
+    baseline: Config,
+    height: int,
+    width: int,
+    *,
+    batch: int = 1,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = 'cpu',
+    training: bool = False,
+) -> Pair:
+    """Whole detectors or segmentors from images (batch, 3, height, width) to the tensors of their heads.
+
+    Random weights; Slide Attention inside is checked against the reference. What follows on the heads' tensors (NMS,
+    pasting of masks, losses) is left out: it depends on the weights.
+    """
+
+    def build(cfg: Config) -> nn.Module:
+        with DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
+            model: Any = _prepare(MODELS.build(cfg.model), dtype, device, training)
+        _check_op(cfg.model.backbone.type, model.backbone, dtype, device)
+        return _Tensors(model)
+
+    names = [Path(cfg.filename or 'config').stem for cfg in (config, baseline)]
+    ours, theirs = build(config), build(baseline)
+    return _model_pair(names[0], ours, names[0], theirs, names[1], (batch, 3, height, width), False, dtype, device)
+
+
+class _Tensors(nn.Module):
+    """Backbone, neck and dense heads: what runs on an image tensor alone."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = revert_sync_batchnorm(model)
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        maps = self.model.extract_feat(image)
+        heads = [getattr(self.model, name) for name in DENSE_HEADS if hasattr(self.model, name)]
+        return [x for head in heads for x in _flatten(head(maps))]
+
+
+def _flatten(x: Any) -> list[Tensor]:
+    return [x] if isinstance(x, Tensor) else [y for part in x for y in _flatten(part)]
+
+
+def _prepare(model: nn.Module, dtype: torch.dtype, device: str | torch.device, training: bool) -> nn.Module:
+    """In training mode with neither dropout nor stochastic depth, so that results can be compared."""
+    model.to(device, dtype).train(training)
+    for module in model.modules():
+        if isinstance(module, DropPath | nn.Dropout):
+            module.eval()
+    return model
+
+
+def _copy_weights(baseline: nn.Module, host: nn.Module) -> None:
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / 'baseline.pth'
+        torch.save(baseline.state_dict(), file)
+        load_pretrained(host, str(file))
+
+
+def _outputs(model: nn.Module, image: Tensor) -> list[Tensor]:
+    with torch.no_grad():
+        return _flatten(model(image))
+
+
+def _small_image(dtype: torch.dtype, device: str | torch.device) -> Tensor:
+    return torch.randn(1, 3, *SMALL_SHAPE, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+
+
+def _agree(
+    name: str, model: nn.Module, other_name: str, other: nn.Module, dtype: torch.dtype, device: str | torch.device
+) -> None:
+    image = _small_image(dtype, device)
+    result, reference = ({f'output {i}': x for i, x in enumerate(_outputs(m, image))} for m in (model, other))
+    check(name, result, other_name, reference, TOLERANCE[dtype])
+
+
+def _check_op(name: str, backbone: nn.Module, dtype: torch.dtype, device: str | torch.device) -> None:
+    """Slide Attention's backend against the reference, inside the backbone, with random learned parts."""
+    reference = copy.deepcopy(backbone)
+    for model in (backbone, reference):
+        generator = torch.Generator(device).manual_seed(0)
+        for module in model.modules():
+            if isinstance(module, SlideAttention):
+                for parameter in (module.deform_weight, module.relative_position_bias):
+                    nn.init.normal_(parameter, std=0.3, generator=generator)
+    for module in reference.modules():
+        if isinstance(module, SlideAttention):
+            module.backend = 'reference'
+    _agree(name, backbone, 'the reference', reference, dtype, device)
+
+
+def _model_pair(
+    name: str,
+    ours: nn.Module,
+    our_name: str,
+    baseline: nn.Module,
+    baseline_name: str,
+    shape: tuple[int, int, int, int],
+    same: bool,
+    dtype: torch.dtype,
+    device: str | torch.device,
+) -> Pair:
+    image = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device, dtype).requires_grad_()
+    on_meta = copy.deepcopy(ours).to('meta')
+    for module in on_meta.modules():
+        if isinstance(module, SlideAttention):
+            module.backend = None
+    macs = count_macs(on_meta, torch.empty(shape, dtype=dtype, device='meta'))[1]
+
+    def side(side_name: str, model: nn.Module) -> Side:
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        return Side(side_name, lambda: _flatten(model(image)), dict(image=image), parameters)
+
+    return Pair(
+        name=f'{name}, {shape[2]}×{shape[3]}',
+        ours=side(our_name, ours),
+        baseline=side(baseline_name, baseline),
+        tolerance=TOLERANCE[dtype] if same else None,
+        moved_bytes=image.nbytes + sum(parameter.nbytes for parameter in ours.parameters()),
+        operations=2 * macs * (1 + 2 * ours.training),
+        images=shape[0],
+        model=ours,
+    )

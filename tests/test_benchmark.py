@@ -1,0 +1,130 @@
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import relative_error
+
+from mmslide.benchmark import BACKBONES, Machine, Side, backbone_pair, compare, measure_machine, model_pair, op_pair
+from mmslide.benchmark.baselines import im2col
+from mmslide.ops import slide_attention
+
+ROOT = Path(__file__).parents[1]
+
+
+def side(name, function, *inputs):
+    return Side(name, lambda: [function(*inputs)], {f'x{index}': x for index, x in enumerate(inputs)})
+
+
+@pytest.mark.parametrize('kernel_size', [3, 5])
+def test_im2col_is_slide_attention(kernel_size):
+    heads, dims, slots = 2, 6, kernel_size**2
+    q, k, v = torch.randn(3, 2, 5, 8, heads, dims, dtype=torch.float64)
+    weight = torch.randn(dims, slots, kernel_size, kernel_size, dtype=torch.float64)
+    bias, rpb = torch.randn(dims, slots, dtype=torch.float64), torch.randn(heads, slots, dtype=torch.float64)
+    wanted = slide_attention(q, k, v, weight, bias, rpb, backend='reference')
+    assert relative_error(im2col(q, k, v, weight, bias, rpb), wanted) < 1e-12
+
+
+@pytest.mark.parametrize('baseline', ['two-path', 'im2col', 'conv', 'reference'])
+@pytest.mark.parametrize('training', [False, True])
+def test_op(baseline, training):
+    pair = op_pair(9, 12, 8, 2, batch=2, baseline=baseline, training=training)
+    ours, theirs = compare(pair.ours, pair.baseline, training, pair.tolerance, seconds=0.0)
+    assert min(ours.seconds, theirs.seconds) > 0
+    # Ours keeps q, k, v and the parameters: the merged kernels are the op's own.
+    kept = sum(x.nbytes for x in pair.ours.inputs.values())
+    assert ours.saved_bytes == (kept - pair.ours.inputs['deform_bias'].nbytes if training else 0)
+    if training and baseline != 'im2col':
+        assert theirs.saved_bytes > 3 * ours.saved_bytes
+
+
+def test_disagreement_is_an_error_before_anything_is_timed():
+    x = torch.randn(5, requires_grad=True)
+    sides = side('ours', lambda x: x.sin(), x), side('theirs', lambda x: x.sin() * 1.1, x)
+    with pytest.raises(RuntimeError, match=r'ours and theirs disagree: output 0 by 9\.1e-02'):
+        compare(*sides, training=False, tolerance=1e-2)
+    sides = side('ours', lambda x: x.sin(), x), side('theirs', lambda x: x.sin() + (x - x.detach()), x)
+    with pytest.raises(RuntimeError, match='disagree: gradient of x0'):
+        compare(*sides, training=True, tolerance=1e-2)
+    compare(*sides, training=False, tolerance=1e-2, seconds=0.0)
+
+
+def test_memory():
+    x = torch.zeros(1000, 1000, requires_grad=True)
+    # Two maps at once: a product and what is made of it. Some bytes for the factors.
+    measured, _ = compare(
+        *[side('a', lambda x: ((x * 2) * 3).sin(), x)] * 2, training=False, tolerance=None, seconds=0.0
+    )
+    assert measured.peak_bytes == pytest.approx(2 * x.nbytes, rel=1e-4)
+    measured, _ = compare(*[side('a', lambda x: x.exp().sin(), x)] * 2, training=True, tolerance=None, seconds=0.0)
+    assert measured.saved_bytes == x.nbytes  # the exponential, once
+
+
+def test_floor():
+    assert Machine(copy_rate=10.0, matrix_rate=100.0).floor(20.0, 50.0) == 2.0
+    assert Machine(copy_rate=10.0, matrix_rate=100.0).floor(2.0, 500.0) == 5.0
+    machine = measure_machine(torch.float32, torch.device('cpu'))
+    assert machine.copy_rate > 1e8
+    assert machine.matrix_rate > 1e8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('training', [False, True])
+@pytest.mark.parametrize('name', BACKBONES)
+def test_backbones(name, training):
+    pair = backbone_pair(name, 64, 96, training=training)
+    assert (pair.tolerance is None) == name.startswith('slide')
+    ours, _ = compare(pair.ours, pair.baseline, training, pair.tolerance, seconds=0.0)
+    assert ours.peak_bytes > 0
+
+
+@pytest.mark.slow
+def test_a_wrong_backend_is_noticed(monkeypatch):
+    wrong = lambda *args: 1.01 * slide_attention(*args[:6], backend='conv')  # noqa: E731
+    monkeypatch.setitem(sys.modules['mmslide.ops.slide_attention'].BACKENDS, 'tapwise', wrong)
+    with pytest.raises(RuntimeError, match='slide-swin-t and the reference disagree'):
+        backbone_pair('slide-swin-t', 64, 96)
+
+
+@pytest.mark.slow
+def test_models():
+    from mmengine.config import Config
+
+    config = Config.fromfile(ROOT / 'configs/mini/mask-rcnn_slide-pvt-mini_fpn_mini-coco.py')
+    baseline = Config.fromfile(ROOT / 'configs/mini/mask-rcnn_twins-svt-mini_fpn_mini-coco.py')
+    pair = model_pair(config, baseline, 64, 96)
+    assert (pair.ours.name, pair.baseline.name) == (Path(config.filename).stem, Path(baseline.filename).stem)
+    assert len(pair.ours.forward()) == 2 * 4  # classes and boxes of the RPN, four maps
+    compare(pair.ours, pair.baseline, False, pair.tolerance, seconds=0.0)
+
+
+def tool(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, 'argv', ['benchmark.py', *map(str, arguments)])
+    runpy.run_path(str(ROOT / 'tools/benchmark.py'), run_name='__main__')
+
+
+def test_tool(monkeypatch, capsys, tmp_path):
+    options = ['--maps', '8x12x8x2', '6x6x8x1', '--threads', torch.get_num_threads(), '--seconds', 0, '--device', 'cpu']
+    tool(monkeypatch, 'op', *options, '--training', '--baseline', 'conv', '--json', tmp_path / 'out.json')
+    records = json.loads((tmp_path / 'out.json').read_text())
+    assert [x['name'] for x in records] == ['8×12×8, 2 heads, k=3', '6×6×8, 1 heads, k=3']
+    assert set(records[0]['ours']) == {'seconds', 'peak_bytes', 'saved_bytes'}
+    out = capsys.readouterr().out
+    assert 'forward and backward, batch 1, float32' in out
+    assert 'geometric mean' in out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('command', [['op', '--maps', '1x1x8x2'], ['backbone', 'twins-pcpvt-s']])
+def test_plot(command, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sys.modules['mmslide.benchmark.cost'], '_global_seconds', lambda pair: 0.0)
+    runner = runpy.run_path(str(ROOT / 'tools/benchmark.py'))
+    monkeypatch.setitem(runner['run_cost'].__globals__, 'SIDES', (32, 64))
+    options = ['--threads', str(torch.get_num_threads()), '--seconds', '0', '--device', 'cpu']
+    monkeypatch.setattr(sys, 'argv', ['benchmark.py', *command, *options, '--plot', str(tmp_path / 'cost.png')])
+    runner['main']()
+    assert (tmp_path / 'cost.png').stat().st_size > 10_000
+    assert '0.001 to 0.004 Mpixels: time ×' in capsys.readouterr().out

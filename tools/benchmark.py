@@ -1,0 +1,186 @@
+"""Measures time and memory of the op, of backbones or of whole models beside another implementation."""
+
+import argparse
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from statistics import geometric_mean
+
+import torch
+from mmengine.config import Config
+from rich.console import Console
+from rich.table import Table
+
+from mmslide.benchmark import (
+    BACKBONES,
+    Cost,
+    Machine,
+    Measurement,
+    Pair,
+    backbone_pair,
+    compare,
+    measure_cost,
+    measure_machine,
+    model_pair,
+    op_pair,
+    plot_cost,
+)
+
+# Height, width, channels, heads: stages that attend with Slide Attention, at detection's sizes.
+MAPS = ['200x320x64x1', '100x160x128x2', '200x200x96x3', '100x100x192x6']
+SIDES = (224, 400, 448, 800, 896, 1600)
+
+
+def main() -> None:
+    args = parse_args()
+    console = Console(width=max(150, Console().width))
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    settings = dict(batch=args.batch, dtype=getattr(torch, args.dtype), device=args.device, training=args.training)
+    where = torch.cuda.get_device_name(args.device) if args.device.startswith('cuda') else f'{args.threads} CPU threads'
+    what = f'{"forward and backward" if args.training else "inference"}, batch {args.batch}, {args.dtype}, {where}'
+    run = run_cost if args.plot else run_pairs
+    records = run(args, settings, what, console)
+    if args.json:
+        args.json.write_text(json.dumps(records, indent=1) + '\n')
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument('--training', action='store_true', help='forward and backward instead of inference')
+    common.add_argument('--batch', type=int, default=1, help='images a step')
+    common.add_argument('--dtype', choices=['float32', 'float16', 'bfloat16'], default='float32')
+    common.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    common.add_argument('--threads', type=int, default=2, help='of the CPU')
+    common.add_argument('--seconds', type=float, default=4.0, help='how long each pair is measured at least')
+    common.add_argument('--json', type=Path, metavar='FILE', help='write the figures there too')
+    plot = argparse.ArgumentParser(add_help=False)
+    plot.add_argument('--plot', type=Path, metavar='FILE', help='measure at growing sizes instead, and draw the cost')
+    plot.add_argument('--backend', help='of Slide Attention in ours, as of mmslide.ops.slide_attention; its own choice')
+
+    commands = parser.add_subparsers(dest='command', required=True)
+    op = commands.add_parser('op', parents=[common, plot], help='Slide Attention alone')
+    op.add_argument('--maps', nargs='+', default=MAPS, metavar='HxWxCxHEADS', help='default: %(default)s')
+    op.add_argument('--kernel-size', type=int, default=3)
+    op.add_argument('--baseline', default='two-path', help='two-path, im2col or a backend; default: %(default)s')
+    backbone = commands.add_parser('backbone', parents=[common, plot], help="beside mmdet's and mmseg's")
+    backbone.add_argument('names', nargs='*', choices=[[], *BACKBONES], help='default: all')
+    model = commands.add_parser('model', parents=[common], help='two configs')
+    model.add_argument('config')
+    model.add_argument('baseline', help='config of the other side')
+    for command in (backbone, model):
+        command.add_argument('--shape', type=int, nargs=2, default=(800, 1280), metavar=('HEIGHT', 'WIDTH'))
+    args = parser.parse_args()
+    args.plot = getattr(args, 'plot', None)
+    return args
+
+
+def pairs(args: argparse.Namespace, settings: dict) -> Iterator[Pair]:
+    if args.command == 'op':
+        for text in args.maps:
+            yield op_pair(*map(int, text.split('x')), **op_settings(args, settings))
+    elif args.command == 'backbone':
+        for name in args.names or BACKBONES:
+            yield backbone_pair(name, *args.shape, backend=args.backend, **settings)
+    else:
+        yield model_pair(Config.fromfile(args.config), Config.fromfile(args.baseline), *args.shape, **settings)
+
+
+def op_settings(args: argparse.Namespace, settings: dict) -> dict:
+    return dict(settings, kernel_size=args.kernel_size, backend=args.backend, baseline=args.baseline)
+
+
+def run_pairs(args: argparse.Namespace, settings: dict, what: str, console: Console) -> list[dict]:
+    machine = measure_machine(settings['dtype'], torch.device(args.device))
+    console.print(
+        f'{what}. Copies: {machine.copy_rate / 1e9:.1f} GB/s, matrix products: {machine.matrix_rate / 1e9:.0f} Gop/s.'
+    )
+    table = Table(
+        '', 'baseline', caption='× floor: our time over what this machine needs at least for the bytes and operations'
+    )
+    for column in ('ours ms', 'baseline ms', 'ratio', 'images/s', '× floor', 'ours MB', 'baseline MB', 'ratio'):
+        table.add_column(column, justify='right')
+    if args.training:
+        for column in ('ours kept MB', 'baseline kept MB', 'ratio'):
+            table.add_column(column, justify='right')
+    records = []
+    for pair in pairs(args, settings):
+        with console.status(pair.name):
+            ours, baseline = compare(pair.ours, pair.baseline, args.training, pair.tolerance, args.seconds)
+        table.add_row(*row(pair, ours, baseline, machine, args.training))
+        records.append(
+            dict(
+                name=pair.name, against=pair.baseline.name, settings=what, ours=asdict(ours), baseline=asdict(baseline)
+            )
+        )
+    console.print(table)
+    if len(records) > 1:
+        ratio = geometric_mean(x['baseline']['seconds'] / x['ours']['seconds'] for x in records)
+        console.print(f'geometric mean of the ratios of times: {ratio:.2f}')
+    return records
+
+
+def row(pair: Pair, ours: Measurement, baseline: Measurement, machine: Machine, training: bool) -> list[str]:
+    cells = [
+        pair.name,
+        pair.baseline.name,
+        f'{1e3 * ours.seconds:.1f}',
+        f'{1e3 * baseline.seconds:.1f}',
+        f'{baseline.seconds / ours.seconds:.2f}',
+        f'{pair.images / ours.seconds:.2f}',
+        f'{ours.seconds / machine.floor(pair.moved_bytes, pair.operations):.1f}',
+    ]
+    memory = [(ours.peak_bytes, baseline.peak_bytes)]
+    if training:
+        memory.append((ours.saved_bytes, baseline.saved_bytes))
+    for our_bytes, their_bytes in memory:
+        cells += [f'{our_bytes / 1e6:.1f}', f'{their_bytes / 1e6:.1f}', f'{their_bytes / our_bytes:.2f}']
+    return cells
+
+
+def run_cost(args: argparse.Namespace, settings: dict, what: str, console: Console) -> list[dict]:
+    if args.command == 'op':
+        _, _, channels, heads = map(int, args.maps[0].split('x'))
+        title = f'Slide Attention, {channels} channels at a quarter of the image'
+        names = args.backend or 'ours', args.baseline
+
+        def build(side: int) -> Pair:
+            return op_pair(side // 4, side // 4, channels, heads, **op_settings(args, settings))
+    else:
+        (name,) = args.names or ['slide-swin-t']
+        title, names = name, ('ours', BACKBONES[name].baseline)
+        build = partial(_square, name, args.backend, settings)
+
+    def report(cost: Cost) -> None:
+        apart = f', of which global attention {1e3 * cost.global_seconds:.0f} ms' if cost.global_seconds else ''
+        console.print(
+            f'{cost.pixels / 1e6:.3f} Mpixels: {1e3 * cost.ours.seconds:.1f} ms{apart}, '
+            f'{cost.ours.peak_bytes / 1e6:.0f} MB; {names[1]}: {1e3 * cost.baseline.seconds:.1f} ms, '
+            f'{cost.baseline.peak_bytes / 1e6:.0f} MB'
+        )
+
+    console.print(f'{title}: {what}')
+    costs = measure_cost(build, SIDES, args.training, args.seconds, report)
+    for small in costs:
+        for large in costs:
+            if large.pixels == 4 * small.pixels:
+                local = [cost.ours.seconds - cost.global_seconds for cost in (small, large)]
+                console.print(
+                    f'{small.pixels / 1e6:.3f} to {large.pixels / 1e6:.3f} Mpixels: time × {local[1] / local[0]:.2f}'
+                    f'{" without global attention" if large.global_seconds else ""}, '
+                    f'memory × {large.ours.peak_bytes / small.ours.peak_bytes:.2f}'
+                )
+    plot_cost(costs, f'{title}\n{what}', names, args.plot)
+    console.print(f'drawn: {args.plot}')
+    return [asdict(cost) for cost in costs]
+
+
+def _square(name: str, backend: str | None, settings: dict, side: int) -> Pair:
+    return backbone_pair(name, side, side, backend=backend, **settings)
+
+
+if __name__ == '__main__':
+    main()
