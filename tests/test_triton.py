@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mmslide.ops import slide_attention
 from mmslide.ops.reference import reference
-from mmslide.ops.slide_attention import choose_backend
+from mmslide.ops.slide_attention import choose_backend, triton_refusal
 
 pytest.importorskip('triton')
 from mmslide.ops import triton_kernels
@@ -244,27 +244,32 @@ def test_tensors_off_the_gpu_are_refused(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ('device', 'shape', 'major', 'installed', 'backend'),
+    ('shape', 'major', 'installed', 'refusal'),
     [
-        ('meta', (32, 3), None, True, 'conv'),
-        ('cpu', (32, 3), None, True, 'tapwise'),
-        ('cuda', (32, 3), 8, True, 'triton'),
-        ('cuda', (32, 3), 7, True, 'tapwise'),
-        ('cuda', (32, 3), 8, False, 'tapwise'),
-        ('cuda', (160, 3), 8, True, 'tapwise'),
-        ('cuda', (32, 9), 8, True, 'tapwise'),
+        ((32, 3), 8, True, None),
+        ((32, 3), 7, True, 'compute capability 8.0 or later, got some GPU'),
+        ((32, 3), 8, False, 'needs the package triton'),
+        ((160, 3), 8, True, 'head sizes up to 128, got 160'),
+        ((32, 9), 8, True, 'kernels up to 7×7, got 9×9'),
     ],
 )
-def test_the_choice_of_backend(device, shape, major, installed, backend):
+def test_refusals_on_a_gpu(shape, major, installed, refusal):
     head_dims, kernel_size = shape
     with (
         FakeTensorMode(),
         mock.patch('torch.cuda.get_device_properties', return_value=SimpleNamespace(major=major, name='some GPU')),
         mock.patch('mmslide.ops.slide_attention.find_spec', return_value=object() if installed else None),
     ):
-        q = torch.empty(1, 4, 4, 2, head_dims, device=device)
-        weight = torch.empty(head_dims, kernel_size**2, kernel_size, kernel_size, device=device)
-        assert choose_backend(q, weight) == backend
+        q = torch.empty(1, 4, 4, 2, head_dims, device='cuda')
+        weight = torch.empty(head_dims, kernel_size**2, kernel_size, kernel_size, device='cuda')
+        found = triton_refusal(q, weight)
+        assert (found is None) if refusal is None else (refusal in found)
+
+
+@pytest.mark.parametrize(('device', 'backend'), [('meta', 'conv'), ('cpu', 'tapwise'), ('cuda', 'tapwise')])
+def test_the_choice_of_backend(device, backend):
+    with FakeTensorMode():
+        assert choose_backend(torch.empty(1, 4, 4, 2, 32, device=device)) == backend
 
 
 @SLOW
