@@ -11,8 +11,8 @@ def fuse(model: nn.Module) -> nn.Module:
     """A copy of a trained model for inference, which computes the same with less.
 
     In every Slide Attention the fixed and the learned kernels become one (CVPR 2023, arXiv 2304.04237, section 4.3),
-    as `switch_to_deploy` does for other models of OpenMMLab; DropPath and dropout leave the backbone. The merged kernels
-    stay float32 in a half-precision model.
+    as `switch_to_deploy` does for other models of OpenMMLab; DropPath and dropout leave the backbone. The merged
+    kernels stay float32 in a half-precision model.
 
     Args:
         model: whatever contains our backbones, such as a detector or a segmentor, also inside a wrapper for

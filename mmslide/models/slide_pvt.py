@@ -120,23 +120,12 @@ class PositionedPatchEmbed(PatchEmbed):
         drop_rate: float,
         norm_cfg: dict,
     ) -> None:
-        super().__init__(
-            in_channels,
-            embed_dims,
-            kernel_size=patch_size,
-            stride=patch_size,
-            padding=0,
-            norm_cfg=norm_cfg,
-            drop_rate=drop_rate,
-        )
+        super().__init__(in_channels, embed_dims, patch_size, pad=False, norm_cfg=norm_cfg, drop_rate=drop_rate)
         self.position_embedding = nn.Parameter(torch.zeros(1, *map_size, embed_dims))
         trunc_normal_(self.position_embedding, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.embed(x)
-        position: Tensor = self.position_embedding
-        if position.shape[1:3] != x.shape[1:3]:
-            position = F.interpolate(position.permute(0, 3, 1, 2), size=x.shape[1:3], mode='bilinear').permute(
-                0, 2, 3, 1
-            )
-        return self.drop(x + position)
+        # Exact at its own size too, so no branch that export would settle at the traced size.
+        position = F.interpolate(self.position_embedding.permute(0, 3, 1, 2), size=x.shape[1:3], mode='bilinear')
+        return self.drop(x + position.permute(0, 2, 3, 1))

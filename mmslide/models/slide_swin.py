@@ -89,7 +89,7 @@ class SlideSwin(Pyramid):
         for i in range(count):
             embed: nn.Module
             if i == 0:
-                embed = PatchEmbed(in_channels, dims[0], kernel_size=4, stride=4, norm_cfg=norm_cfg)
+                embed = PatchEmbed(in_channels, dims[0], patch_size=4, pad=True, norm_cfg=norm_cfg)
             else:
                 embed = PatchMerging(dims[i - 1], dims[i], norm_cfg)
             # Only outputs are normed, so a stage that is none has no norm whose parameters would go unused.

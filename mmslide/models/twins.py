@@ -52,13 +52,11 @@ class Twins(Pyramid):
 
         stages = []
         for i, blocks in enumerate(build_blocks(row['depths'], drop_path_rate, block)):
-            patch_size = 2 if i else 4
             embed = PatchEmbed(
                 dims[i - 1] if i else in_channels,
                 dims[i],
-                kernel_size=patch_size,
-                stride=patch_size,
-                padding=0,
+                patch_size=2 if i else 4,
+                pad=False,
                 norm_cfg=reduction_norm(norm_cfg),
                 drop_rate=drop_rate,
             )

@@ -9,9 +9,7 @@ def fixed_shift(kernel_size: int) -> Tensor:
     return torch.eye(kernel_size**2).view(-1, kernel_size, kernel_size)
 
 
-def merge_paths(
-    shift: Tensor, shift_bias: Tensor, deform_weight: Tensor, deform_bias: Tensor
-) -> tuple[Tensor, Tensor]:
+def merge_paths(shift: Tensor, shift_bias: Tensor, deform_weight: Tensor, deform_bias: Tensor) -> tuple[Tensor, Tensor]:
     """Both paths as one (CVPR 2023, arXiv 2304.04237, section 4.3): kernels add, biases add.
 
     Args:

@@ -4,8 +4,9 @@ from torch import Tensor
 from .conv import conv
 from .reference import reference
 from .tapwise import tapwise, without_autocast
+from .unrolled import unrolled
 
-BACKENDS = {'conv': conv, 'reference': reference, 'tapwise': tapwise}
+BACKENDS = {'conv': conv, 'reference': reference, 'tapwise': tapwise, 'unrolled': unrolled}
 
 
 def slide_attention(
@@ -36,9 +37,10 @@ def slide_attention(
         rpb: (heads, k²), added to K, dtype of weight.
         scale: multiplies the logits; None is d ** -0.5.
         dropout_p: probability with which an attention weight is zeroed, as in `scaled_dot_product_attention`.
-        backend: 'tapwise' (extra memory of the inputs' size at most, forward and backward), 'conv' (no loop in Python:
-            for tracing and export; stores K and V k² times), 'reference' (likewise; reads like the equation). None
-            takes 'conv' on the meta device and 'tapwise' everywhere else.
+        backend: 'tapwise' (extra memory of the inputs' size at most, forward and backward), 'unrolled'
+            (plain operations: for tracing and export; in training it keeps many maps), 'conv' (one convolution; stores
+            K and V k² times), 'reference' (likewise; reads like the equation). None takes 'conv' on the meta device
+            and 'tapwise' everywhere else.
 
     Returns:
         (B, H, W, heads, d), dtype of q. The arithmetic is done in the wider one of q's and weight's dtypes, under

@@ -133,7 +133,7 @@ def slide_attention(state: StateDict) -> StateDict:
 
 
 def fuse_slide_attention(state: StateDict) -> StateDict:
-    """Our layout with the two paths of every Slide Attention module merged, as `SlideAttention.switch_to_deploy` does."""
+    """Our layout with the two paths of every Slide Attention merged, as `SlideAttention.switch_to_deploy` does."""
     out = dict(state)
     for key in state:
         prefix, found, _ = key.partition('deform_weight')

@@ -96,7 +96,16 @@ def read_state_dict(checkpoint: str, map_location: Any = 'cpu') -> StateDict:
         ValueError: the file cannot be read (in torch's sandbox), or holds no state dict.
         ImportError: it is a .safetensors file, and the package safetensors is not installed.
     """
-    content = _read_safetensors(checkpoint) if is_safetensors(checkpoint) else _read_torch(checkpoint, map_location)
+    return find_state_dict(read_checkpoint(checkpoint, map_location), checkpoint)
+
+
+def read_checkpoint(checkpoint: str, map_location: Any = 'cpu') -> Any:
+    """What a checkpoint file or URL holds, meta data and all. See `read_state_dict`."""
+    return _read_safetensors(checkpoint) if is_safetensors(checkpoint) else _read_torch(checkpoint, map_location)
+
+
+def find_state_dict(content: Any, checkpoint: str) -> StateDict:
+    """The tensors of what `read_checkpoint` has read. See `read_state_dict`."""
     for wrapper in ('state_dict', 'model'):
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
