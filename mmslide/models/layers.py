@@ -31,7 +31,7 @@ class PatchEmbed(BaseModule):
 
     def embed(self, x: Tensor) -> Tensor:
         if self.pad:
-            x = F.pad(x, (0, 0, 0, -x.shape[2] % self.patch_size, 0, -x.shape[1] % self.patch_size))
+            x = pad_to_patches(x, self.patch_size)
         return self.norm(self.projection(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -50,9 +50,8 @@ class PatchMerging(BaseModule):
         self.reduction = nn.Linear(4 * in_channels, out_channels, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
         # (B, H/2, row, W/2, column, C) to (B, H/2, W/2, column, row, C)
-        patches = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).permute(0, 1, 3, 4, 2, 5).flatten(3)
+        patches = pad_to_patches(x, 2).unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).permute(0, 1, 3, 4, 2, 5).flatten(3)
         return self.reduction(self.norm(patches))
 
 
@@ -91,3 +90,10 @@ class Block(BaseModule):
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.drop_path(self.attn(self.norm1(x)))
         return self.ffn(self.norm2(x), identity=x)
+
+
+def pad_to_patches(x: Tensor, size: int) -> Tensor:
+    """(B, H, W, C) with zeros at the right and bottom to sides that divide by `size`."""
+    # Not -W % size: when a dynamic size is exported, this form lets PyTorch see that the sum divides.
+    height, width = ((side + size - 1) // size * size for side in x.shape[1:3])
+    return F.pad(x, (0, 0, 0, width - x.shape[2], 0, height - x.shape[1]))
