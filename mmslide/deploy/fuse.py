@@ -1,4 +1,5 @@
 import copy
+from typing import Any
 
 from mmengine.model import is_model_wrapper
 from torch import nn
@@ -24,7 +25,8 @@ def fuse(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: the model contains none of our modules.
     """
-    fused = copy.deepcopy(model.module if is_model_wrapper(model) else model)
+    plain: Any = model.module if is_model_wrapper(model) else model
+    fused = copy.deepcopy(plain)
     ours = [module for module in fused.modules() if isinstance(module, Pyramid | SlideAttention)]
     if not ours:
         raise ValueError(f'only a model with a backbone of mmslide can be fused, got {type(model).__name__}')

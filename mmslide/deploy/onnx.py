@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.fx.experimental._config
 import torch.nn.functional as F
 from mmengine.config import Config
 from torch import Tensor, nn
-from torch.fx.experimental import _config as symbolic_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mmslide.files import replacing
@@ -18,6 +18,7 @@ from .fuse import fuse
 
 PARTS = ('backbone', 'model')
 MIN_SIDE = 32
+symbolic_shapes_config: Any = torch.fx.experimental._config
 # Of an output, as max|Δ| / max|PyTorch's|; of label maps the share of pixels that differ.
 TOLERANCE = 1e-4
 # Traced for every size: large and odd, so that no map is by chance square, whole windows or inside one.
@@ -27,7 +28,7 @@ DYNAMIC_TRACE = (2003, 2503)
 class ExportableBackbone(nn.Module):
     """A backbone as it is exported: the image (1, 3, H, W) to one map (1, C, H', W') a stage."""
 
-    def __init__(self, backbone: nn.Module) -> None:
+    def __init__(self, backbone: Any) -> None:
         super().__init__()
         self.backbone = backbone
         self.output_names = [f'stage{index + 1}' for index in backbone.out_indices]
@@ -47,14 +48,14 @@ class ExportableSegmentor(nn.Module):
 
     output_names = ('logits', 'labels')
 
-    def __init__(self, segmentor: nn.Module) -> None:
+    def __init__(self, segmentor: Any) -> None:
         super().__init__()
         mode = segmentor.test_cfg.get('mode', 'whole')
         if mode != 'whole':
             raise ValueError(f"only segmentors that test whole images can be exported, got test_cfg.mode='{mode}'")
         if segmentor.out_channels < 2:
             raise ValueError('only segmentors with a channel for each class can be exported, got out_channels=1')
-        self.segmentor = segmentor
+        self.segmentor: Any = segmentor
         make_sizes_symbolic(segmentor.decode_head)
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
@@ -67,7 +68,7 @@ class ExportableSegmentor(nn.Module):
 class AdaptiveAverage(nn.Module):
     """nn.AdaptiveAvgPool2d by two averaging matrices made from the map's shape, so that it is right at every size."""
 
-    def __init__(self, output_size: int | tuple[int, int]) -> None:
+    def __init__(self, output_size: Any) -> None:
         super().__init__()
         self.output_size = (output_size,) * 2 if isinstance(output_size, int) else output_size
 
@@ -108,13 +109,13 @@ def make_sizes_symbolic(model: nn.Module) -> None:
                 setattr(module, name, Enlarge(int(child.scale_factor), child.mode, child.align_corners))
 
 
-def part(model: nn.Module, name: str, shape: tuple[int, int]) -> nn.Module:
+def part(model: Any, name: str, shape: tuple[int, int]) -> nn.Module:
     """What is exported of a fused model: its 'backbone', or the whole 'model' for images of `shape` (height, width)."""
     if name == 'backbone':
         return ExportableBackbone(model.backbone)
     if hasattr(model, 'decode_head'):
         return ExportableSegmentor(model)
-    from .detection import ExportableDetector  # type: ignore[import-not-found]
+    from .detection import ExportableDetector  # type: ignore[import-untyped,import-not-found,unused-ignore]
 
     return ExportableDetector(model, shape)
 
@@ -176,7 +177,7 @@ def to_onnx(module: nn.Module, shape: tuple[int, int], dynamic: bool) -> torch.o
     traced = DYNAMIC_TRACE if dynamic else shape
     # torch.onnx.export alone would make a size constant, without a word, where export asks for it. The mathematical
     # form of attention has the memory layout that is left after its decomposition.
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), symbolic_config.patch(backed_size_oblivious=True):
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), symbolic_shapes_config.patch(backed_size_oblivious=True):
         exported = torch.export.export(
             module,
             (torch.zeros(1, 3, *traced),),
