@@ -4,6 +4,7 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')  # tests run side by side; their t
 
 import pytest
 import torch
+from mmengine.logging import MMLogger
 
 import mmslide  # noqa: F401
 
@@ -16,3 +17,12 @@ def deterministic():
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def log(caplog):
+    """What mmslide tells the user through mmengine's logger."""
+    logger = MMLogger.get_current_instance()
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)
