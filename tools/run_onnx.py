@@ -29,7 +29,7 @@ def main() -> None:
     _, labels = session.run(None, {'image': image})
     labels = cv2.resize(labels[0, :height, :width].astype(np.uint8), picture.shape[1::-1], interpolation=0)
     colours = np.random.default_rng(0).integers(0, 256, (256, 3))
-    cv2.imwrite(out, (picture + colours[labels]) // 2)
+    cv2.imwrite(out, ((picture + colours[labels]) // 2).astype(np.uint8))
     names = json.loads(meta['classes'])
     for label, count in enumerate(np.bincount(labels.ravel())):
         if count:
