@@ -5,6 +5,7 @@ os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # deterministic alg
 
 import pytest
 import torch
+from mmengine.logging import MMLogger
 
 import mmslide  # noqa: F401
 
@@ -20,3 +21,12 @@ def deterministic():
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def log(caplog):
+    """What mmslide tells the user through mmengine's logger."""
+    logger = MMLogger.get_current_instance()
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)

@@ -234,3 +234,10 @@ def test_wrong_arch_rows_are_named():
 def test_one_number_in_an_arch_row_stands_for_all_stages():
     row = dict(embed_dims=32, depths=(1, 1), num_heads=(1, 2), mlp_ratios=4)
     assert [x.shape[1] for x in SlideSwin(row, out_indices=(0, 1))(torch.randn(1, 3, 32, 32))] == [32, 64]
+
+
+def test_position_embeddings_of_the_maps_size_are_taken_as_they_are():
+    model = randomize(small(SlidePVT, pretrain_img_size=(64, 96))).eval()
+    embed = model.stages[0].embed
+    image = torch.randn(1, 64, 96, 3)
+    assert torch.equal(embed(image), embed.embed(image) + embed.position_embedding)

@@ -50,7 +50,7 @@ def test_reference_equals_the_sum_over_single_pixels():
 
 
 @pytest.mark.parametrize('shape', SHAPES, ids=str)
-@pytest.mark.parametrize('backend', ['conv', 'tapwise'])
+@pytest.mark.parametrize('backend', ['conv', 'tapwise', 'unrolled'])
 def test_output_and_gradients_agree_with_the_reference(backend, shape):
     args = arguments(*shape)
     grad = torch.randn(shape[:5], dtype=torch.float64)
@@ -63,7 +63,7 @@ def test_output_and_gradients_agree_with_the_reference(backend, shape):
         assert relative_error(value, wanted) < 1e-5, name
 
 
-@pytest.mark.parametrize('backend', ['conv', 'tapwise', 'reference'])
+@pytest.mark.parametrize('backend', ['conv', 'tapwise', 'unrolled', 'reference'])
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
 def test_half_precision_maps_with_float32_kernels(backend, dtype):
     """Only the inputs and the result are rounded, so the error is that of one rounding of the result."""
@@ -77,7 +77,7 @@ def test_half_precision_maps_with_float32_kernels(backend, dtype):
         assert relative_error(value, wanted) < epsilon, name
 
 
-@pytest.mark.parametrize('backend', ['conv', 'tapwise'])
+@pytest.mark.parametrize('backend', ['conv', 'tapwise', 'unrolled'])
 def test_autocast_does_not_round_inside(backend):
     args = arguments(1, 9, 11, 2, 8, 3, dtype=torch.float32)
     grad = torch.randn(1, 9, 11, 2, 8)
@@ -88,7 +88,7 @@ def test_autocast_does_not_round_inside(backend):
         assert torch.equal(value, wanted)
 
 
-@pytest.mark.parametrize('backend', ['conv', 'tapwise'])
+@pytest.mark.parametrize('backend', ['conv', 'tapwise', 'unrolled'])
 def test_dropout_drops_the_same_weights_in_every_backend(backend):
     args = arguments(1, 6, 5, 2, 4, 3)
     grad = torch.randn(1, 6, 5, 2, 4, dtype=torch.float64)
@@ -143,7 +143,7 @@ def test_tapwise_keeps_the_inputs_only_and_never_makes_a_large_tensor():
         (dict(rpb=torch.randn(3, 9)), r'rpb must be \(heads, k²\) = \(2, 9\)'),
         (dict(weight=torch.randn(8, 9, 3, 3).bfloat16()), r'must all be float32'),
         (dict(q=torch.randn(1, 4, 4, 2, 8).half()), r'share one floating-point dtype'),
-        (dict(backend='cuda'), r"backend must be one of \['conv', 'reference', 'tapwise', 'triton'\]"),
+        (dict(backend='cuda'), r"backend must be one of \['conv', 'reference', 'tapwise', 'triton', 'unrolled'\]"),
         (dict(dropout_p=1.0), r'dropout_p must be in \[0, 1\)'),
     ],
 )
@@ -154,7 +154,7 @@ def test_wrong_arguments_are_named(change, message):
 
 
 @pytest.mark.parametrize('name', ['slide_attention_k3', 'slide_attention_k5'])
-@pytest.mark.parametrize('backend', ['conv', 'tapwise', 'reference'])
+@pytest.mark.parametrize('backend', ['conv', 'tapwise', 'unrolled', 'reference'])
 def test_module_gives_the_authors_numbers(name, backend):
     golden = np.load(GOLDEN / f'{name}.npz')
     meta = json.loads(str(golden['meta']))

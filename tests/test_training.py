@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -88,6 +89,31 @@ def test_detector_is_tested_dumped_and_drawn(detector, detection, tmp_path):
     assert len(pictures) == VAL_IMAGES
     height, width = cv2.imread(str(pictures[0])).shape[:2]
     assert width == 2 * height  # square images, ground truth and prediction side by side
+
+
+def test_fused_detector_predicts_the_same(detector, detection, tmp_path):
+    """Through the same tool, with the config that lies beside the fused checkpoint."""
+    fused = tmp_path / 'fused.pth'
+    tool('fuse_checkpoint', DETECTOR, detector, fused)
+    assert torch.load(fused, weights_only=True)['meta']['fused'] is True
+    tables, predictions = [], []
+    for config, checkpoint in ((DETECTOR, detector), (fused.with_suffix('.py'), fused)):
+        out = tmp_path / f'{checkpoint.stem}.pkl'
+        arguments = ['--out', out, '--work-dir', tmp_path, *detection, 'model.test_cfg.rcnn.score_thr=0.0']
+        output = tool('test', config, checkpoint, *arguments)
+        assert 'do not match' not in output
+        tables.append(re.findall(r'coco/\w+mAP\w*: [-\d.]+', output))
+        predictions.append([x['pred_instances'] for x in pickle.loads(out.read_bytes())])
+    assert len(tables[0]) == 12
+    assert tables[0] == tables[1]
+    for ours, wanted in zip(*predictions, strict=True):
+        assert len(wanted['scores'])
+        assert torch.allclose(ours['scores'], wanted['scores'], atol=1e-6)
+        assert torch.allclose(ours['bboxes'], wanted['bboxes'], atol=1e-3)
+
+    code, output = tool('test', DETECTOR, fused, '--work-dir', tmp_path, *detection, check=False)
+    assert code == 1
+    assert 'these weights are fused for inference' in output.strip().splitlines()[-1]
 
 
 def test_test_time_augmentation(detector, segmentor, detection, segmentation, tmp_path):

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import golden_state, randomize, relative_error
-from mmengine.logging import MMLogger
 from test_backbones import SMALL, SMALL_PVT, small
 from test_twins import mmseg_host
 from test_twins import small as small_twins
@@ -19,15 +18,6 @@ from test_twins import small as small_twins
 from mmslide.models import SlidePVT, SlideSwin, TwinsPCPVT, TwinsSVT
 from mmslide.weights import load_pretrained, read_state_dict
 from mmslide.weights.layouts import from_ours, to_ours
-
-
-@pytest.fixture
-def log(caplog):
-    """What mmslide tells the user through mmengine's logger."""
-    logger = MMLogger.get_current_instance()
-    logger.addHandler(caplog.handler)
-    yield caplog
-    logger.removeHandler(caplog.handler)
 
 
 @pytest.fixture

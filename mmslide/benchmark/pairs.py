@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from mmslide.flops import DENSE_HEADS, count_macs
 from mmslide.models import SlidePVT, SlideSwin, TwinsPCPVT, TwinsSVT
 from mmslide.models.attention import SlideAttention
-from mmslide.ops import slide_attention
+from mmslide.ops import fixed_shift, merge_paths, slide_attention
 from mmslide.weights import load_pretrained
 
 from .baselines import im2col, two_path
@@ -82,7 +82,7 @@ def op_pair(
         return torch.randn(shape, generator=generator).to(device)
 
     qkv = draw(batch, height, width, 3, num_heads, head_dims).to(dtype).requires_grad_()
-    shift = torch.eye(slots, device=device).view(slots, kernel_size, kernel_size)
+    shift = fixed_shift(kernel_size).to(device)
     deform, shift_bias, deform_bias, rpb = (
         x.requires_grad_()
         for x in (
@@ -94,7 +94,7 @@ def op_pair(
     )
 
     def merged(attend: Callable[..., Tensor]) -> list[Tensor]:
-        return [attend(*qkv.unbind(3), shift + deform, shift_bias + deform_bias, rpb)]
+        return [attend(*qkv.unbind(3), *merge_paths(shift, shift_bias, deform, deform_bias), rpb)]
 
     def both_paths() -> list[Tensor]:
         parameters = (x.to(dtype) for x in (shift, shift_bias, deform, deform_bias, rpb))

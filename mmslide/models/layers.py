@@ -1,24 +1,38 @@
-from typing import Any
-
 import torch.nn.functional as F
 from mmcv.cnn import build_norm_layer
 from mmcv.cnn.bricks import DropPath
 from mmcv.cnn.bricks.transformer import FFN
-from mmcv.cnn.bricks.transformer import PatchEmbed as MMCVPatchEmbed
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
 
-class PatchEmbed(MMCVPatchEmbed):
-    """mmcv's patch embedding from a channels-last map (B, H, W, C) to (B, H', W', embed_dims), and dropout."""
+class PatchEmbed(BaseModule):
+    """Patches that do not overlap, embedded, normed, with dropout: (B, H, W, C) to (B, H', W', embed_dims).
 
-    def __init__(self, *args: Any, drop_rate: float = 0.0, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    Args:
+        pad: sides that do not divide by patch_size are padded with zeros at the right and bottom; else cropped.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        embed_dims: int,
+        patch_size: int,
+        pad: bool,
+        norm_cfg: dict,
+        drop_rate: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.pad = pad
+        self.projection = nn.Conv2d(in_channels, embed_dims, kernel_size=patch_size, stride=patch_size)
+        self.norm = build_norm_layer(norm_cfg, embed_dims)[1]
         self.drop = nn.Dropout(drop_rate)
 
     def embed(self, x: Tensor) -> Tensor:
-        tokens, size = super().forward(x.permute(0, 3, 1, 2))
-        return tokens.unflatten(1, size)
+        if self.pad:
+            x = pad_to_patches(x, self.patch_size)
+        return self.norm(self.projection(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.drop(self.embed(x))
@@ -36,9 +50,8 @@ class PatchMerging(BaseModule):
         self.reduction = nn.Linear(4 * in_channels, out_channels, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.pad(x, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
         # (B, H/2, row, W/2, column, C) to (B, H/2, W/2, column, row, C)
-        patches = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).permute(0, 1, 3, 4, 2, 5).flatten(3)
+        patches = pad_to_patches(x, 2).unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).permute(0, 1, 3, 4, 2, 5).flatten(3)
         return self.reduction(self.norm(patches))
 
 
@@ -77,3 +90,10 @@ class Block(BaseModule):
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.drop_path(self.attn(self.norm1(x)))
         return self.ffn(self.norm2(x), identity=x)
+
+
+def pad_to_patches(x: Tensor, size: int) -> Tensor:
+    """(B, H, W, C) with zeros at the right and bottom to sides that divide by `size`."""
+    # Not -W % size: when a dynamic size is exported, this form lets PyTorch see that the sum divides.
+    height, width = ((side + size - 1) // size * size for side in x.shape[1:3])
+    return F.pad(x, (0, 0, 0, width - x.shape[2], 0, height - x.shape[1]))

@@ -4,11 +4,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from mmcv.cnn.bricks import DropPath
 from mmengine.model import BaseModule, ModuleList
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mmslide.weights import load_pretrained
+
+from .attention import SlideAttention
 
 InitCfg = dict | list[dict] | None
 
@@ -59,6 +62,7 @@ class Pyramid(BaseModule):
         with_cp: recompute each block in backward instead of keeping its activations.
         init_cfg: mmengine's. `dict(type='Pretrained', checkpoint=FILE_OR_URL, prefix=None)` reads every layout that
             `mmslide.weights` knows; None draws linear weights from a truncated normal distribution with std 0.02.
+        deploy: the form for inference, see `mmslide.deploy.fuse`; fused checkpoints load into it, and all others.
 
     Raises:
         ValueError: out_indices or frozen_stages do not fit the number of stages, or an image is smaller than the
@@ -73,6 +77,7 @@ class Pyramid(BaseModule):
         frozen_stages: int,
         with_cp: bool,
         init_cfg: InitCfg,
+        deploy: bool,
     ) -> None:
         super().__init__(init_cfg or dict(type='TruncNormal', layer='Linear', std=0.02, bias=0.0))
         self.init_cfg: Any
@@ -85,11 +90,13 @@ class Pyramid(BaseModule):
         self.out_indices = tuple(out_indices)
         self.frozen_stages = frozen_stages
         self.with_cp = with_cp
+        if deploy:
+            self.switch_to_deploy()
         self._freeze()
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         stride = 2 ** (len(self.stages) + 1)
-        if min(x.shape[-2:]) < stride:
+        if x.shape[-2] < stride or x.shape[-1] < stride:  # min() would compare height and width under export
             raise ValueError(f'images must be at least {stride} pixels a side, got {tuple(x.shape[-2:])}')
         x = x.permute(0, 2, 3, 1)
         outs = []
@@ -99,6 +106,15 @@ class Pyramid(BaseModule):
                 # Contiguous: mmcv's RoIAlign reads the memory of a channels-last view in the wrong order.
                 outs.append(stage.output(x).permute(0, 3, 1, 2).contiguous())
         return tuple(outs)
+
+    def switch_to_deploy(self) -> None:
+        """Merges the paths of every Slide Attention and takes out what acts in training only, in place."""
+        for module in list(self.modules()):
+            if isinstance(module, SlideAttention):
+                module.switch_to_deploy()
+            for name, child in module.named_children():
+                if isinstance(child, nn.Dropout | DropPath):
+                    setattr(module, name, nn.Identity())
 
     def init_weights(self) -> None:
         configs = self.init_cfg if isinstance(self.init_cfg, list) else [self.init_cfg]

@@ -39,7 +39,7 @@ class SlidePVT(Pyramid):
         drop_rate: dropout behind position embeddings, attention and MLPs.
         drop_path_rate: of the last block; rises linearly from 0 in the first.
         attn_backend: backend of `mmslide.ops.slide_attention` in every Slide block.
-        out_indices, frozen_stages, with_cp, init_cfg: see `Pyramid`.
+        out_indices, frozen_stages, with_cp, init_cfg, deploy: see `Pyramid`.
 
     Raises:
         ValueError: an argument does not fit; the message names it.
@@ -63,6 +63,7 @@ class SlidePVT(Pyramid):
         with_cp: bool = False,
         norm_cfg: dict = dict(type='LN', eps=1e-6),
         init_cfg: InitCfg = None,
+        deploy: bool = False,
     ) -> None:
         row = pick_arch(arch, VARIANTS)
         dims = row['embed_dims']
@@ -98,7 +99,12 @@ class SlidePVT(Pyramid):
             norm = build_norm_layer(norm_cfg, dims[i])[1] if norm_after_stage else None
             stages.append(Stage(embed, blocks[i], norm, norm_feeds_next=True))
         super().__init__(
-            stages, out_indices=out_indices, frozen_stages=frozen_stages, with_cp=with_cp, init_cfg=init_cfg
+            stages,
+            out_indices=out_indices,
+            frozen_stages=frozen_stages,
+            with_cp=with_cp,
+            init_cfg=init_cfg,
+            deploy=deploy,
         )
 
 
@@ -114,23 +120,12 @@ class PositionedPatchEmbed(PatchEmbed):
         drop_rate: float,
         norm_cfg: dict,
     ) -> None:
-        super().__init__(
-            in_channels,
-            embed_dims,
-            kernel_size=patch_size,
-            stride=patch_size,
-            padding=0,
-            norm_cfg=norm_cfg,
-            drop_rate=drop_rate,
-        )
+        super().__init__(in_channels, embed_dims, patch_size, pad=False, norm_cfg=norm_cfg, drop_rate=drop_rate)
         self.position_embedding = nn.Parameter(torch.zeros(1, *map_size, embed_dims))
         trunc_normal_(self.position_embedding, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.embed(x)
-        position: Tensor = self.position_embedding
-        if position.shape[1:3] != x.shape[1:3]:
-            position = F.interpolate(position.permute(0, 3, 1, 2), size=x.shape[1:3], mode='bilinear').permute(
-                0, 2, 3, 1
-            )
-        return self.drop(x + position)
+        # Exact at its own size too, so no branch that export would settle at the traced size.
+        position = F.interpolate(self.position_embedding.permute(0, 3, 1, 2), size=x.shape[1:3], mode='bilinear')
+        return self.drop(x + position.permute(0, 2, 3, 1))

@@ -40,7 +40,7 @@ class SlideSwin(Pyramid):
         drop_rate: dropout behind attention and MLPs.
         drop_path_rate: of the last block; rises linearly from 0 in the first.
         attn_backend: backend of `mmslide.ops.slide_attention` in every Slide block.
-        out_indices, frozen_stages, with_cp, init_cfg: see `Pyramid`.
+        out_indices, frozen_stages, with_cp, init_cfg, deploy: see `Pyramid`.
 
     Raises:
         ValueError: an argument does not fit; the message names it.
@@ -64,6 +64,7 @@ class SlideSwin(Pyramid):
         with_cp: bool = False,
         norm_cfg: dict = dict(type='LN'),
         init_cfg: InitCfg = None,
+        deploy: bool = False,
     ) -> None:
         row = pick_arch(arch, VARIANTS)
         dims = row['embed_dims']
@@ -88,12 +89,17 @@ class SlideSwin(Pyramid):
         for i in range(count):
             embed: nn.Module
             if i == 0:
-                embed = PatchEmbed(in_channels, dims[0], kernel_size=4, stride=4, norm_cfg=norm_cfg)
+                embed = PatchEmbed(in_channels, dims[0], patch_size=4, pad=True, norm_cfg=norm_cfg)
             else:
                 embed = PatchMerging(dims[i - 1], dims[i], norm_cfg)
             # Only outputs are normed, so a stage that is none has no norm whose parameters would go unused.
             norm = build_norm_layer(norm_cfg, dims[i])[1] if output_norm and i in out_indices else None
             stages.append(Stage(embed, blocks[i], norm, norm_feeds_next=False))
         super().__init__(
-            stages, out_indices=out_indices, frozen_stages=frozen_stages, with_cp=with_cp, init_cfg=init_cfg
+            stages,
+            out_indices=out_indices,
+            frozen_stages=frozen_stages,
+            with_cp=with_cp,
+            init_cfg=init_cfg,
+            deploy=deploy,
         )

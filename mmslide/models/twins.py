@@ -52,13 +52,11 @@ class Twins(Pyramid):
 
         stages = []
         for i, blocks in enumerate(build_blocks(row['depths'], drop_path_rate, block)):
-            patch_size = 2 if i else 4
             embed = PatchEmbed(
                 dims[i - 1] if i else in_channels,
                 dims[i],
-                kernel_size=patch_size,
-                stride=patch_size,
-                padding=0,
+                patch_size=2 if i else 4,
+                pad=False,
                 norm_cfg=reduction_norm(norm_cfg),
                 drop_rate=drop_rate,
             )
@@ -82,7 +80,7 @@ class TwinsPCPVT(Twins):
         drop_path_rate: of the last block; rises linearly from 0 in the first.
         norm_cfg: of the blocks' norms and those behind the stages. The norms of patch embeddings and subsampled keys
             have eps 1e-5 in any case.
-        out_indices, frozen_stages, with_cp, init_cfg: see `Pyramid`.
+        out_indices, frozen_stages, with_cp, init_cfg, deploy: see `Pyramid`.
 
     Raises:
         ValueError: an argument does not fit; the message names it.
@@ -102,6 +100,7 @@ class TwinsPCPVT(Twins):
         with_cp: bool = False,
         norm_cfg: dict = dict(type='LN', eps=1e-6),
         init_cfg: InitCfg = None,
+        deploy: bool = False,
     ) -> None:
         row = pick_arch(arch, PCPVT_VARIANTS)
 
@@ -128,6 +127,7 @@ class TwinsPCPVT(Twins):
             frozen_stages=frozen_stages,
             with_cp=with_cp,
             init_cfg=init_cfg,
+            deploy=deploy,
         )
 
 
@@ -154,7 +154,7 @@ class TwinsSVT(Twins):
         attn_backend: backend of `mmslide.ops.slide_attention` in every Slide block.
         norm_cfg: of the blocks' norms and those behind the stages. The norms of patch embeddings and subsampled keys
             have eps 1e-5 in any case.
-        out_indices, frozen_stages, with_cp, init_cfg: see `Pyramid`.
+        out_indices, frozen_stages, with_cp, init_cfg, deploy: see `Pyramid`.
 
     Raises:
         ValueError: an argument does not fit; the message names it.
@@ -179,6 +179,7 @@ class TwinsSVT(Twins):
         with_cp: bool = False,
         norm_cfg: dict = dict(type='LN', eps=1e-6),
         init_cfg: InitCfg = None,
+        deploy: bool = False,
     ) -> None:
         row = pick_arch(arch, SVT_VARIANTS)
         count = len(row['depths'])
@@ -208,6 +209,7 @@ class TwinsSVT(Twins):
             frozen_stages=frozen_stages,
             with_cp=with_cp,
             init_cfg=init_cfg,
+            deploy=deploy,
         )
 
 

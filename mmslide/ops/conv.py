@@ -1,4 +1,4 @@
-"""Slide Attention with the merged kernels as one depthwise convolution: no loop in Python, so it exports and traces."""
+"""Slide Attention with the merged kernels as one depthwise convolution: no loop in Python."""
 
 import torch.nn.functional as F
 from torch import Tensor

@@ -7,6 +7,7 @@ from torch import Tensor
 from .conv import conv
 from .reference import reference
 from .tapwise import tapwise, without_autocast
+from .unrolled import unrolled
 
 
 def triton(
@@ -25,7 +26,7 @@ def triton(
     return fused(q, k, v, weight, bias, rpb, scale, dropout_mask)
 
 
-BACKENDS = {'conv': conv, 'reference': reference, 'tapwise': tapwise, 'triton': triton}
+BACKENDS = {'conv': conv, 'reference': reference, 'tapwise': tapwise, 'triton': triton, 'unrolled': unrolled}
 WIDENING = ('tapwise', 'triton')  # these take q, k, v as they are and widen them bit by bit
 
 
@@ -58,9 +59,9 @@ def slide_attention(
         scale: multiplies the logits; None is d ** -0.5.
         dropout_p: probability with which an attention weight is zeroed, as in `scaled_dot_product_attention`.
         backend: 'tapwise' (extra memory of the inputs' size at most, forward and backward), 'triton' (GPU kernels; in
-            backward extra memory of 2·k² float32 numbers for each pixel and head, in forward none), 'conv' (no loop in
-            Python: for tracing and export; stores K and V k² times), 'reference' (likewise; reads like the equation).
-            None takes what `choose_backend` says.
+            backward extra memory of 2·k² float32 numbers for each pixel and head, in forward none), 'unrolled' (plain
+            operations: for tracing and export; in training it keeps many maps), 'conv' (one convolution; stores K and V
+            k² times), 'reference' (likewise; reads like the equation). None takes what `choose_backend` says.
 
     Returns:
         (B, H, W, heads, d), dtype of q. The arithmetic is done in the wider one of q's and weight's dtypes, under

@@ -1,10 +1,9 @@
-import os
-from pathlib import Path
-
 import torch
 from rich.table import Table
 
-from .layouts import StateDict, from_ours, to_ours
+from mmslide.files import replacing
+
+from .layouts import from_ours, to_ours
 from .load import find_prefix, import_safetensors, is_safetensors, key_table, read_state_dict
 
 
@@ -25,17 +24,21 @@ def convert_checkpoint(checkpoint: str, out: str, layout: str) -> Table:
     Raises:
         ValueError: the checkpoint cannot be read or is no backbone's, the layout has no place for it, or the folder of
             out does not exist.
+        OSError: out cannot be written.
         ImportError: a .safetensors file is named, and the package safetensors is not installed.
     """
-    if not Path(out).absolute().parent.is_dir():
-        raise ValueError(f'the folder of {out} does not exist')
-    source = read_state_dict(checkpoint)
-    prefix = find_prefix(source)
-    backbone = {key.removeprefix(prefix): value for key, value in source.items() if key.startswith(prefix)}
-    name, ours = to_ours(backbone)
-    converted = {prefix + key: value for key, value in from_ours(ours, layout).items()}
-    state = {key: value for key, value in source.items() if not key.startswith(prefix)} | converted
-    _write(state, out)
+    with replacing(out) as path:
+        source = read_state_dict(checkpoint)
+        prefix = find_prefix(source)
+        backbone = {key.removeprefix(prefix): value for key, value in source.items() if key.startswith(prefix)}
+        name, ours = to_ours(backbone)
+        converted = {prefix + key: value for key, value in from_ours(ours, layout).items()}
+        state = {key: value for key, value in source.items() if not key.startswith(prefix)} | converted
+        if is_safetensors(out):
+            contiguous = {key: value.contiguous() for key, value in state.items()}  # it refuses others
+            import_safetensors(out).torch.save_file(contiguous, path)
+        else:
+            torch.save(state, path)
     return key_table(
         {
             f'read, {name}': [key for key in source if key not in state],
@@ -43,16 +46,3 @@ def convert_checkpoint(checkpoint: str, out: str, layout: str) -> Table:
             'kept': [key for key in state if key in source],
         }
     )
-
-
-def _write(state: StateDict, out: str) -> None:
-    temporary = Path(f'{out}.{os.getpid()}.tmp')
-    try:
-        if is_safetensors(out):
-            contiguous = {key: value.contiguous() for key, value in state.items()}  # it refuses others
-            import_safetensors(out).torch.save_file(contiguous, temporary)
-        else:
-            torch.save(state, temporary)
-        os.replace(temporary, out)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -10,6 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from mmslide.ops import fixed_shift, merge_paths
+
 StateDict = dict[str, Tensor]
 Rules = list[tuple[str, str]]
 
@@ -130,6 +132,19 @@ def slide_attention(state: StateDict) -> StateDict:
     return out
 
 
+def fuse_slide_attention(state: StateDict) -> StateDict:
+    """Our layout with the two paths of every Slide Attention merged, as `SlideAttention.switch_to_deploy` does."""
+    out = dict(state)
+    for key in state:
+        prefix, found, _ = key.partition('deform_weight')
+        names = [f'{prefix}{name}' for name in ('shift_bias', 'deform_weight', 'deform_bias')]
+        if found and all(name in state for name in names):
+            shift_bias, weight, bias = (out.pop(name) for name in names)
+            shift = fixed_shift(weight.shape[-1]).to(weight.device)
+            out[f'{prefix}fused_weight'], out[f'{prefix}fused_bias'] = merge_paths(shift, shift_bias, weight, bias)
+    return out
+
+
 def _mmdet_swin(state: StateDict) -> StateDict:
     out = {}
     for key, value in state.items():
@@ -243,7 +258,7 @@ def _to_mmseg_twins(state: StateDict) -> StateDict:
 def _check_twins(state: StateDict, layout: str) -> None:
     if not any(re.match(r'stages\.\d+\.peg\.', key) for key in state):
         raise ValueError(f'only Twins can be turned into the layout {layout!r}, and these weights have no PEG')
-    slides = [key for key in state if key.endswith('.attn.deform_weight')]
+    slides = [key for key in state if key.endswith(('.attn.deform_weight', '.attn.fused_weight'))]
     if slides:
         raise ValueError(f'the layout {layout!r} has no place for Slide Attention, but there is {slides[0]}')
 

@@ -15,17 +15,20 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from .layouts import StateDict, to_ours
+from .layouts import StateDict, fuse_slide_attention, to_ours
 
 # What a host's weights cannot have: Slide Attention's own parameters, which start as plain local attention, and the
 # norms of a backbone's outputs.
-OPTIONAL = re.compile(r'\.(shift_bias|deform_weight|deform_bias|relative_position_bias)$|^stages\.\d+\.norm\.')
+OPTIONAL = re.compile(
+    r'\.(shift_bias|deform_weight|deform_bias|fused_weight|fused_bias|relative_position_bias)$|^stages\.\d+\.norm\.'
+)
 
 
 def load_pretrained(model: nn.Module, checkpoint: str, prefix: str | None = None, map_location: Any = 'cpu') -> None:
     """Starts a backbone from a checkpoint of any layout in `mmslide.weights.layouts`.
 
-    Position embeddings and relative position bias tables are resized. What was missing, unexpected or resized is logged
+    Position embeddings and relative position bias tables are resized; for a model with deploy=True the two paths of
+    Slide Attention are merged. What was missing, unexpected or resized is logged
     as one table.
 
     Args:
@@ -35,7 +38,8 @@ def load_pretrained(model: nn.Module, checkpoint: str, prefix: str | None = None
         prefix: takes only the keys that begin with it. None finds 'backbone.' by itself.
 
     Raises:
-        ValueError: the file cannot be read, holds something else, or weights of another host or another size.
+        ValueError: the file cannot be read, holds something else, or weights of another host or another size, or fused
+            ones for a model that is not.
         ImportError: it is a .safetensors file, and the package safetensors is not installed.
     """
     content = read_state_dict(checkpoint, map_location)
@@ -48,6 +52,8 @@ def load_pretrained(model: nn.Module, checkpoint: str, prefix: str | None = None
         raise ValueError(f'no key of {checkpoint} begins with {prefix=}; the first ones are {list(content)[:3]}')
     layout, state = to_ours(stripped)
     target = model.state_dict()
+    if any(key.endswith('.fused_weight') for key in target):
+        state = fuse_slide_attention(state)
     state, resized = _fit(state, target)
 
     missing = [key for key in target if key not in state]
@@ -90,7 +96,16 @@ def read_state_dict(checkpoint: str, map_location: Any = 'cpu') -> StateDict:
         ValueError: the file cannot be read (in torch's sandbox), or holds no state dict.
         ImportError: it is a .safetensors file, and the package safetensors is not installed.
     """
-    content = _read_safetensors(checkpoint) if is_safetensors(checkpoint) else _read_torch(checkpoint, map_location)
+    return find_state_dict(read_checkpoint(checkpoint, map_location), checkpoint)
+
+
+def read_checkpoint(checkpoint: str, map_location: Any = 'cpu') -> Any:
+    """What a checkpoint file or URL holds, meta data and all. See `read_state_dict`."""
+    return _read_safetensors(checkpoint) if is_safetensors(checkpoint) else _read_torch(checkpoint, map_location)
+
+
+def find_state_dict(content: Any, checkpoint: str) -> StateDict:
+    """The tensors of what `read_checkpoint` has read. See `read_state_dict`."""
     for wrapper in ('state_dict', 'model'):
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]

@@ -1,5 +1,6 @@
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .window import Windowed
 
@@ -39,7 +40,8 @@ class LocallyGroupedAttention(Windowed):
         height, width = x.shape[1:3]
         padded = self._pad(x)
         mask = None
-        if self.mask_padding and padded.shape != x.shape:
+        fits = statically_known_true(padded.shape[1] == height) and statically_known_true(padded.shape[2] == width)
+        if self.mask_padding and not fits:
             # Keys only: every window has a pixel inside the map, and what the padding's own queries find is cropped.
             inside = self._pad(torch.ones(1, height, width, 1, dtype=torch.bool, device=x.device))
             mask = self._partition(inside).flatten(1)[:, None, None].repeat(len(x), 1, 1, 1)

@@ -1,8 +1,12 @@
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
-from mmslide.ops import slide_attention
+from mmslide.ops import fixed_shift, merge_paths, slide_attention
+from mmslide.weights.layouts import fuse_slide_attention
 
 
 class SlideAttention(BaseModule):
@@ -11,6 +15,8 @@ class SlideAttention(BaseModule):
     Two paths shift keys and values, as the paper trains them: the fixed one, whose kernels pick one neighbour each, and
     the deformed one, whose kernels are learned. Both have a learned bias; they are merged before the op. A new module
     is plain local attention: the learned kernels, all shift biases and the relative position bias start at zero.
+
+    `switch_to_deploy` leaves the merged path alone, as parameters. Such a module also loads the two paths' weights.
 
     Args:
         embed_dims: C of the map (B, H, W, C), divisible by num_heads.
@@ -45,12 +51,13 @@ class SlideAttention(BaseModule):
         self.num_heads = num_heads
         self.attn_drop_rate = attn_drop_rate
         self.backend = backend
+        self.deploy = False
 
         self.qkv = nn.Linear(embed_dims, 3 * embed_dims, bias=qkv_bias)
         self.proj = nn.Linear(embed_dims, embed_dims)
         self.proj_drop = nn.Dropout(proj_drop_rate)
         # A buffer, and not in a Conv2d, so that no init_cfg and no checkpoint can overwrite it: slot j picks tap j.
-        self.register_buffer('shift', torch.eye(slots).view(slots, kernel_size, kernel_size), persistent=False)
+        self.register_buffer('shift', fixed_shift(kernel_size), persistent=False)
         self.shift_bias = nn.Parameter(torch.zeros(head_dims, slots))
         self.deform_weight = nn.Parameter(torch.zeros(head_dims, slots, kernel_size, kernel_size))
         self.deform_bias = nn.Parameter(torch.zeros(head_dims, slots))
@@ -59,16 +66,55 @@ class SlideAttention(BaseModule):
     def forward(self, x: Tensor) -> Tensor:
         batch, height, width, channels = x.shape
         q, k, v = self.qkv(x).view(batch, height, width, 3, self.num_heads, -1).unbind(3)
-        # At least float32 before the sum: next to the shift's 1 a small learned part would be lost in half precision.
-        dtype = torch.promote_types(self.deform_weight.dtype, torch.float32)
+        weight, bias = self.kernels()
         out = slide_attention(
             q,
             k,
             v,
-            self.shift.to(dtype) + self.deform_weight.to(dtype),
-            self.shift_bias.to(dtype) + self.deform_bias.to(dtype),
-            self.relative_position_bias.to(dtype),
+            weight,
+            bias,
+            self.relative_position_bias.to(weight.dtype),
             dropout_p=self.attn_drop_rate if self.training else 0.0,
             backend=self.backend,
         )
         return self.proj_drop(self.proj(out.reshape(batch, height, width, channels)))
+
+    def kernels(self) -> tuple[Tensor, Tensor]:
+        """The merged kernels (d, k², k, k) and their bias (d, k²), float32 at least."""
+        if self.deploy:
+            return self.fused_weight, self.fused_bias
+        return merge_paths(self.shift, self.shift_bias, self.deform_weight, self.deform_bias)
+
+    def switch_to_deploy(self) -> None:
+        """Replaces the two paths by their sum, in place, for inference; a second time changes nothing."""
+        if self.deploy:
+            return
+        with torch.no_grad():
+            weight, bias = self.kernels()
+        del self.shift, self.shift_bias, self.deform_weight, self.deform_bias
+        self.fused_weight, self.fused_bias = nn.Parameter(weight), nn.Parameter(bias)
+        self.attn_drop_rate = 0.0
+        self.deploy = True
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> 'SlideAttention':
+        """A change of dtype, but the merged kernels never get narrower than float32: see `merge_paths`."""
+        kept = {name: getattr(self, name).data for name in ('fused_weight', 'fused_bias') if self.deploy}
+        super()._apply(fn, recurse)
+        for name, value in kept.items():
+            parameter = getattr(self, name)
+            if parameter.dtype.itemsize < torch.float32.itemsize:
+                parameter.data = value.to(parameter.device)
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if self.deploy:
+            own = {key: state_dict.pop(key) for key in list(state_dict) if key.startswith(prefix)}
+            state_dict.update(fuse_slide_attention(own))
+        elif f'{prefix}fused_weight' in state_dict:
+            # Raised at once, since mmengine only logs what it finds in the list of errors.
+            raise ValueError(
+                f'these weights are fused for inference (there is {prefix}fused_weight), and this model is not: build '
+                'it with deploy=True in its backbone, as in the config beside a fused checkpoint, or load the '
+                'checkpoint that was fused'
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args)

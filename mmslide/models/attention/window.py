@@ -4,6 +4,8 @@ from mmengine.model import BaseModule
 from mmengine.model.weight_init import trunc_normal_
 from torch import Tensor, nn
 
+from mmslide.models.layers import pad_to_patches
+
 
 class Windowed(BaseModule):
     """What every attention in windows of window_size × window_size pixels shares.
@@ -34,21 +36,25 @@ class Windowed(BaseModule):
         self.proj = nn.Linear(embed_dims, embed_dims)
         self.proj_drop = nn.Dropout(proj_drop_rate)
 
+    def _grid(self, x: Tensor) -> tuple[int, int]:
+        """How many rows and columns of windows cover (B, H, W, C); symbols if a dynamic size is exported."""
+        size = self.window_size
+        return (x.shape[1] + size - 1) // size, (x.shape[2] + size - 1) // size
+
     def _pad(self, x: Tensor) -> Tensor:
         """With zeros, right and bottom, to whole windows."""
-        size = self.window_size
-        return F.pad(x, (0, 0, 0, -x.shape[2] % size, 0, -x.shape[1] % size))
+        return pad_to_patches(x, self.window_size)
 
     def _partition(self, x: Tensor) -> Tensor:
         """(B, rows · size, columns · size, C) to (B · rows · columns, size, size, C)."""
-        size = self.window_size
-        return x.unflatten(2, (-1, size)).unflatten(1, (-1, size)).transpose(2, 3).flatten(0, 2)
+        rows, columns = self._grid(x)
+        windows = x.reshape(len(x), rows, self.window_size, columns, self.window_size, x.shape[-1])
+        return windows.transpose(2, 3).flatten(0, 2)
 
     def _attend_in_windows(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """Attention among the pixels of each window of a padded map (B, H, W, C), which stays as large."""
-        batch, rows, columns = x.shape[0], x.shape[1] // self.window_size, x.shape[2] // self.window_size
-        out = self._attend(self._partition(x), mask).unflatten(0, (batch, rows, columns))
-        return out.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+        out = self._attend(self._partition(x), mask).unflatten(0, (len(x), *self._grid(x)))
+        return out.transpose(2, 3).reshape(x.shape)
 
     def _attend(self, windows: Tensor, mask: Tensor | None) -> Tensor:
         """Attention among all pixels of each map of (windows, h, w, C).
@@ -108,17 +114,21 @@ class WindowAttention(Windowed):
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[1:3]
-        if height <= self.window_size and width <= self.window_size:
+        rows, columns = self._grid(x)
+        count = rows * columns
+        known = not isinstance(count, torch.SymInt)
+        if known and count == 1:
             return self.proj_drop(self.proj(self._attend(x, self._bias(height, width))))
 
         size, shift = self.window_size, self.shift_size
         x = self._pad(x)
-        bias = self._bias(size, size)
+        own = bias = self._bias(size, size)
         if shift:
             x = x.roll((-shift, -shift), dims=(1, 2))
             # (windows, 1, pixels, pixels) and (heads, pixels, pixels)
-            mask = self._shift_mask(x.shape[1] // size, x.shape[2] // size, x)
-            bias = (bias + mask.unsqueeze(1)).repeat(len(x), 1, 1, 1)
+            bias = (bias + self._shift_mask(rows, columns, x).unsqueeze(1)).repeat(len(x), 1, 1, 1)
+        if not known:
+            bias = torch.where(torch.scalar_tensor(count) == 1, self._bias_alone(own, height, width), bias)
         out = self._attend_in_windows(x, bias)
         if shift:
             out = out.roll((shift, shift), dims=(1, 2))
@@ -129,6 +139,17 @@ class WindowAttention(Windowed):
         index = self.relative_position_index[:height, :width, :height, :width].flatten(2).flatten(0, 1)
         return self.relative_position_bias_table[index].permute(2, 0, 1)
 
+    def _bias_alone(self, bias: Tensor, height: int, width: int) -> Tensor:
+        """What lets a padded and rolled window give the result of one that covers the map: (heads, pixels, pixels).
+
+        For sizes known at run time only, which cannot choose between two computations. The padding is masked, and the
+        roll, which inside one window only reorders its pixels, is undone in the bias.
+        """
+        position = (torch.arange(self.window_size, device=bias.device) + self.shift_size) % self.window_size
+        order = (position[:, None] * self.window_size + position).flatten()
+        inside = (position < height)[:, None] & (position < width)
+        return bias[:, order][:, :, order].masked_fill(~inside.flatten(), float('-inf'))
+
     def _shift_mask(self, rows: int, columns: int, x: Tensor) -> Tensor:
         """-100 between pixels that the roll brought into one window from two ends of the map: (windows, n, n)."""
         size, shift = self.window_size, self.shift_size
@@ -136,9 +157,8 @@ class WindowAttention(Windowed):
         def region(count: int) -> Tensor:
             """0 in all windows of an axis but the last, there 1 before the seam and 2 behind it: (count, size)."""
             position = torch.arange(count * size, device=x.device)
-            return ((position >= (count - 1) * size).long() + (position >= count * size - shift).long()).view(
-                count, size
-            )
+            in_last, behind = position >= (count - 1) * size, position >= count * size - shift
+            return (in_last.long() + behind.long()).view(count, size)
 
         region_y, region_x = region(rows), region(columns)
         ids = (region_y[:, None, :, None] * 3 + region_x[None, :, None, :]).flatten(2).flatten(0, 1)

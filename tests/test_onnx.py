@@ -1,0 +1,261 @@
+import copy
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from helpers import randomize, relative_error
+from mmengine.config import Config
+from mmengine.registry import MODELS, DefaultScope
+from torch import nn
+
+from mmslide.deploy import fuse, onnx
+from mmslide.models import SlideSwin
+from mmslide.models.attention import SlideAttention
+
+onnxruntime = pytest.importorskip('onnxruntime')
+
+TOOLS = Path(__file__).parents[1] / 'tools'
+ARCH = dict(embed_dims=16, depths=(1, 2, 2, 2), num_heads=(1, 2, 2, 4), mlp_ratios=2)
+ARCH_SR = dict(ARCH, sr_ratios=(8, 4, 2, 1))
+BACKBONES = {
+    'SlidePVT': dict(type='mmslide.SlidePVT', arch=ARCH_SR),
+    'SlideSwin': dict(type='mmslide.SlideSwin', arch=ARCH),
+    'Swin': dict(type='mmslide.SlideSwin', arch=ARCH, slide_stages=()),
+    'TwinsPCPVT': dict(type='mmslide.TwinsPCPVT', arch=ARCH_SR),
+    'TwinsSVT': dict(type='mmslide.TwinsSVT', arch=ARCH_SR),
+    'TwinsSVT with slide stages': dict(type='mmslide.TwinsSVT', arch=ARCH_SR, slide_stages=(0, 1)),
+}
+CHANNELS = [16, 32, 64, 128]
+HEAD = dict(in_index=[0, 1, 2, 3], channels=16, num_classes=5, dropout_ratio=0.1, norm_cfg=dict(type='SyncBN'))
+SEGMENTORS = {
+    'UPerHead': dict(decode_head=dict(HEAD, type='UPerHead', in_channels=CHANNELS, pool_scales=(1, 2, 3, 6))),
+    'FPNHead': dict(
+        neck=dict(type='FPN', in_channels=CHANNELS, out_channels=32, num_outs=4),
+        decode_head=dict(HEAD, type='FPNHead', in_channels=[32] * 4, feature_strides=[4, 8, 16, 32]),
+    ),
+}
+PREPROCESSOR = dict(
+    type='SegDataPreProcessor', mean=[123.0, 116.0, 103.0], std=[58.0, 57.0, 56.0], bgr_to_rgb=True, size=(64, 64)
+)
+# Odd, with a window that just covers the last map or two, with one that exactly does, and the least.
+SIZES = [(65, 97), (225, 224), (224, 448), (32, 33)]
+
+
+@pytest.fixture
+def save(tmp_path):
+    """Writes a config and a checkpoint of a model with random weights: their paths, and the model."""
+
+    def save(backbone='SlideSwin', head='UPerHead', **changes):
+        model = dict(
+            type='EncoderDecoder',
+            data_preprocessor=PREPROCESSOR,
+            backbone=BACKBONES[backbone],
+            train_cfg=dict(),
+            test_cfg=dict(mode='whole'),
+            **SEGMENTORS[head],
+        )
+        config = Config(dict(default_scope='mmseg', model={**model, **changes}))
+        with DefaultScope.overwrite_default_scope('mmseg'):
+            built = randomize(MODELS.build(config.model)).eval()
+        for module in built.modules():
+            if isinstance(module, nn.SyncBatchNorm | nn.BatchNorm2d):
+                nn.init.normal_(module.running_mean, std=0.1)
+                nn.init.uniform_(module.running_var, 0.5, 1.5)
+        paths = tmp_path / 'config.py', tmp_path / 'model.pth'
+        paths[0].write_text(config.pretty_text)
+        meta = dict(dataset_meta=dict(classes=('a', 'b', 'c', 'd', 'e')))
+        torch.save(dict(state_dict=built.state_dict(), meta=meta), paths[1])
+        return *(str(path) for path in paths), built
+
+    return save
+
+
+def run(path, image):
+    session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
+    return [torch.from_numpy(x) for x in session.run(None, {'image': image.numpy()})]
+
+
+def unfused(model):
+    """In float64, with the reference form of Slide Attention."""
+    for module in model.modules():
+        if isinstance(module, SlideAttention):
+            module.backend = 'reference'
+    return model.double()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('backbone', BACKBONES)
+@pytest.mark.parametrize('dynamic', [False, True], ids=['fixed', 'dynamic'])
+def test_backbones(backbone, dynamic, save, tmp_path):
+    config, checkpoint, model = save(backbone)
+    out = str(tmp_path / 'backbone.onnx')
+    errors = onnx.export_onnx(config, checkpoint, out, 'backbone', (70, 99), dynamic)
+    assert len(errors) == (4 if dynamic else 1)
+    reference = unfused(model.backbone)
+    for size in SIZES if dynamic else [(70, 99)]:
+        image = torch.randn(1, 3, *size)
+        with torch.no_grad():
+            wanted = reference(image.double())
+        for value, stage in zip(run(out, image), wanted, strict=True):
+            assert relative_error(value, stage) < 1e-5, size
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('head', SEGMENTORS)
+@pytest.mark.parametrize('dynamic', [False, True], ids=['fixed', 'dynamic'])
+def test_segmentors(head, dynamic, save, tmp_path):
+    """Against what mmseg predicts."""
+    config, checkpoint, model = save(head=head)
+    out = str(tmp_path / 'model.onnx')
+    onnx.export_onnx(config, checkpoint, out, 'model', (70, 99), dynamic)
+    reference = unfused(model)
+    for size in SIZES if dynamic else [(70, 99)]:
+        image = torch.randn(1, 3, *size)
+        with torch.no_grad():
+            (wanted,) = reference.predict(image.double())
+        logits, labels = run(out, image)
+        assert relative_error(logits[0], wanted.seg_logits.data) < 1e-5, size
+        assert labels.dtype == torch.int64
+        assert torch.equal(labels, logits.argmax(1))
+        assert (labels == wanted.pred_sem_seg.data).double().mean() > 1 - 1e-3
+
+
+def test_the_graph_is_fused_and_small():
+    """No second path, nothing k² times as large, and as many nodes for a large map as for a small one."""
+    arch = dict(embed_dims=(16, 32), depths=(1, 2), num_heads=(1, 2), mlp_ratios=2)
+    wrapped = onnx.ExportableBackbone(fuse(randomize(SlideSwin(arch, out_indices=(0, 1)))))
+    counts, constants = [], []
+    for shape in [(64, 64), (256, 320)]:
+        graph = onnx.to_onnx(wrapped, shape, dynamic=False).model.graph
+        counts.append(Counter(node.op_type for node in graph))
+        constants.append({name: value.const_value.size for name, value in graph.initializers.items()})
+    assert counts[0] == counts[1]
+    assert counts[0]['Conv'] == 1  # the patch embedding: Slide Attention is products, tap by tap
+    # Each of 3 blocks: qkv, proj, two in the MLP; for queries and outputs 9 taps and the bias. And the patch merging.
+    assert counts[0]['MatMul'] == 3 * (4 + 2 * (9 + 1)) + 1
+    assert not [name for name in constants[0] if 'deform' in name or 'shift' in name]
+    # Beside the parameters themselves the fused ones transposed, and a few shapes and indices.
+    parameters = sum(parameter.numel() for parameter in wrapped.parameters())
+    fused = sum(x.numel() for name, x in wrapped.named_parameters() if 'fused' in name)
+    assert fused == 3 * 16 * 9 * (9 + 1)
+    for sizes in constants:
+        assert parameters <= sum(sizes.values()) <= parameters + fused + 100
+
+
+@pytest.mark.parametrize('output_size', [1, 2, 3, 6, (3, 5)])
+@pytest.mark.parametrize('size', [(1, 1), (2, 7), (16, 20), (13, 31)])
+def test_averaging_matrices_equal_adaptive_pooling(output_size, size):
+    x = torch.randn(2, 3, *size, dtype=torch.float64)
+    wanted = nn.AdaptiveAvgPool2d(output_size)(x)
+    assert relative_error(onnx.AdaptiveAverage(output_size)(x), wanted) < 1e-12
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('part', ['backbone', 'model'])
+def test_openvino_gives_the_same(part, save, tmp_path):
+    openvino = pytest.importorskip('openvino')
+    config, checkpoint, _ = save()
+    out = str(tmp_path / 'model.onnx')
+    onnx.export_onnx(config, checkpoint, out, part, (70, 99), dynamic=True)
+    compiled = openvino.Core().compile_model(out, 'CPU', {'INFERENCE_PRECISION_HINT': 'f32'})
+    for size in [(70, 99), (225, 224), (33, 64)]:
+        image = torch.randn(1, 3, *size)
+        for value, wanted in zip(compiled(image.numpy()).values(), run(out, image), strict=True):
+            assert onnx.output_error(torch.from_numpy(value), wanted) < 1e-4
+
+
+@pytest.mark.slow
+def test_tools_from_fusing_to_a_picture(save, tmp_path):
+    config, checkpoint, _ = save()
+
+    def tool(name, *arguments):
+        command = [sys.executable, TOOLS / f'{name}.py', *arguments]
+        result = subprocess.run([str(x) for x in command], capture_output=True, text=True, timeout=600)
+        assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
+        return result.stdout
+
+    tool('fuse_checkpoint', config, checkpoint, tmp_path / 'fused.pth')
+    saved = torch.load(tmp_path / 'fused.pth', weights_only=True)
+    assert saved['meta']['fused'] is True
+    picture = np.random.default_rng(0).integers(0, 256, (50, 77, 3), np.uint8)
+    cv2.imwrite(str(tmp_path / 'in.png'), picture)
+    for name, dynamic in (('fixed', []), ('dynamic', ['--dynamic'])):
+        out = tmp_path / f'{name}.onnx'
+        text = tool('export_onnx', tmp_path / 'fused.py', tmp_path / 'fused.pth', out, '--shape', 64, 96, *dynamic)
+        assert '64×96: onnxruntime and PyTorch differ by' in text
+        meta = onnxruntime.InferenceSession(out, providers=['CPUExecutionProvider']).get_modelmeta().custom_metadata_map
+        assert json.loads(meta['mean']) == PREPROCESSOR['mean']
+        assert json.loads(meta['std']) == PREPROCESSOR['std']
+        assert json.loads(meta['bgr_to_rgb']) is True
+        assert json.loads(meta['classes']) == ['a', 'b', 'c', 'd', 'e']
+        counts = tool('run_onnx', out, tmp_path / 'in.png', tmp_path / f'{name}.png')
+        assert cv2.imread(str(tmp_path / f'{name}.png')).shape == (50, 77, 3)
+        lines = [line.split() for line in counts.splitlines()]
+        assert {name for name, *_ in lines} <= set('abcde')
+        assert sum(int(count) for _, count, _ in lines) == 50 * 77
+
+
+@pytest.mark.parametrize(
+    ('name', 'shape', 'message'),
+    [
+        ('model', (31, 64), r'shape must be at least 32 pixels a side, got \(31, 64\)'),
+        ('neck', (64, 64), r"part must be one of \('backbone', 'model'\), got 'neck'"),
+    ],
+)
+def test_wrong_arguments_are_named(name, shape, message, save, tmp_path):
+    config, checkpoint, _ = save()
+    with pytest.raises(ValueError, match=message):
+        onnx.export_onnx(config, checkpoint, str(tmp_path / 'x.onnx'), name, shape)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['config.py', 'model.pth']
+
+
+def test_a_segmentor_that_tests_in_slices_is_refused(save, tmp_path):
+    config, checkpoint, _ = save(test_cfg=dict(mode='slide', crop_size=(64, 64), stride=(32, 32)))
+    with pytest.raises(ValueError, match=r"only segmentors that test whole images.*mode='slide'"):
+        onnx.export_onnx(config, checkpoint, str(tmp_path / 'x.onnx'), 'model', (64, 64))
+
+
+def test_a_checkpoint_that_does_not_fit_and_a_target_that_cannot_be_written(save, tmp_path):
+    config, checkpoint, model = save()
+    (tmp_path / 'folder').mkdir()
+    before = sorted(tmp_path.iterdir())
+    for out, message in ((tmp_path / 'none/x.onnx', 'does not exist'), (tmp_path / 'folder', 'is a folder')):
+        with pytest.raises(ValueError, match=message):
+            onnx.export_onnx(config, checkpoint, str(out), 'model', (64, 64))
+    state = model.state_dict()
+    key = next(key for key in state if key.endswith('deform_weight'))
+    wrong = [
+        ({name: value for name, value in state.items() if name != key}, rf'1 keys missing \({key}'),
+        ({**state, 'head.x': torch.zeros(1)}, r'1 keys unexpected \(head\.x'),
+        ({**state, key: torch.zeros(3, 9, 3, 3)}, r'size mismatch for .*deform_weight'),
+    ]
+    for content, message in wrong:
+        torch.save(content, checkpoint)
+        with pytest.raises(ValueError, match=rf'(?s)model\.pth does not fit .*config\.py.*{message}'):
+            onnx.export_onnx(config, checkpoint, str(tmp_path / 'x.onnx'), 'model', (64, 64))
+    Path(checkpoint).write_bytes(b'no checkpoint')
+    with pytest.raises(ValueError, match='is not a readable checkpoint'):
+        onnx.export_onnx(config, checkpoint, str(tmp_path / 'x.onnx'), 'model', (64, 64))
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_difference_leaves_no_file(save, tmp_path, monkeypatch):
+    config, checkpoint, _ = save()
+    before = sorted(tmp_path.iterdir())
+    honest = onnx.to_onnx
+
+    def wrong(module, shape, dynamic):
+        changed = copy.deepcopy(module)
+        nn.init.zeros_(changed.backbone.stages[1].blocks[1].attn.fused_bias)
+        return honest(changed, shape, dynamic)
+
+    monkeypatch.setattr(onnx, 'to_onnx', wrong)
+    with pytest.raises(RuntimeError, match=r"onnxruntime's results differ from PyTorch's by more than 0\.0001"):
+        onnx.export_onnx(config, checkpoint, str(tmp_path / 'x.onnx'), 'backbone', (64, 64))
+    assert sorted(tmp_path.iterdir()) == before

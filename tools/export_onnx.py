@@ -1,0 +1,28 @@
+"""Writes a trained model as ONNX: `python tools/export_onnx.py CONFIG CHECKPOINT OUT.onnx --shape 512 512`."""
+
+import argparse
+import sys
+
+from mmslide.deploy.onnx import PARTS, export_onnx
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description='Write a trained model, fused and compared in onnxruntime, as ONNX.')
+    parser.add_argument('config', metavar='CONFIG', help='config file, of the training or of a fused checkpoint')
+    parser.add_argument('checkpoint', metavar='CHECKPOINT', help='file or URL of the weights')
+    parser.add_argument('out', metavar='OUT', help='file to write, NAME.onnx')
+    parser.add_argument('--part', choices=PARTS, default='model', help='what to export; the whole model by default')
+    parser.add_argument('--shape', type=int, nargs=2, required=True, metavar=('HEIGHT', 'WIDTH'), help='in pixels')
+    parser.add_argument('--dynamic', action='store_true', help='for every size from 32 pixels a side, not for one')
+    args = parser.parse_args()
+    try:
+        errors = export_onnx(args.config, args.checkpoint, args.out, args.part, tuple(args.shape), args.dynamic)
+    except (OSError, RuntimeError, ValueError) as error:
+        sys.exit(f'error: {error}')
+    for (height, width), error in errors.items():
+        print(f'{height}×{width}: onnxruntime and PyTorch differ by {error:.1e}')
+    print(f'{args.out} is written')
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,23 @@
+"""Writes a checkpoint fused for inference, and its config: `python tools/fuse_checkpoint.py CONFIG CHECKPOINT OUT`."""
+
+import argparse
+import sys
+
+from mmslide.deploy import fuse_checkpoint
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description='Write a checkpoint fused for inference, and its config beside it.')
+    parser.add_argument('config', metavar='CONFIG', help='config file of the training')
+    parser.add_argument('checkpoint', metavar='CHECKPOINT', help='file or URL of the trained weights')
+    parser.add_argument('out', metavar='OUT', help='file to write, NAME.pth; the config becomes NAME.py')
+    args = parser.parse_args()
+    try:
+        config = fuse_checkpoint(args.config, args.checkpoint, args.out)
+    except (OSError, ValueError) as error:
+        sys.exit(f'error: {error}')
+    print(f'{args.checkpoint}, fused, to {args.out}; for it there is {config}')
+
+
+if __name__ == '__main__':
+    main()
