@@ -16,7 +16,8 @@ help:
 
 setup: $(READY)
 
-$(READY): requirements.txt tools/setup_env.sh setup.py pyproject.toml
+# The folders: mim finds a new config or tool in an editable install only after it was installed again.
+$(READY): requirements.txt tools/setup_env.sh setup.py pyproject.toml tools $(wildcard configs/*)
 	@bash tools/setup_env.sh $(VENV)
 	@touch $(READY)
 
