@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 # Bytes of one block's (pixels, heads, k², d) buffer. On a CPU what the caches of two cores hold; elsewhere enough
 # work for one kernel launch.
-CPU_BLOCK_BYTES = 1 << 21
+CPU_BLOCK_BYTES = 1 << 22
 DEVICE_BLOCK_BYTES = 1 << 26
 
 
@@ -63,10 +63,10 @@ class _Tapwise(torch.autograd.Function):
         taps = _Taps(q, weight)
         for block in taps.blocks():
             query = q[block].to(weight.dtype)
-            attention = taps.softmax(query, taps.products(query, taps.windows(k, block)), bias, rpb, scale)
+            attention = taps.softmax(query, taps.products(query, taps.windows(k, block), 0), bias, rpb, scale)
             if dropout_mask is not None:
                 attention *= slots_first(dropout_mask[block])
-            summed = taps.spread(attention).mul_(taps.windows(v, block)).flatten(-3, -2).sum(-2)
+            summed = taps.spread(attention, 0).mul_(taps.windows(v, block)).flatten(-3, -2).sum(-2)
             out[block] = summed.add_(per_channel(attention, bias))
         return out
 
@@ -97,7 +97,7 @@ def _backward(
     for block in taps.blocks():
         query, grad = q[block].to(weight.dtype), grad_out[block].to(weight.dtype)
         keys, values = taps.windows(k, block), taps.windows(v, block)
-        key_products, value_products = taps.products(query, keys), taps.products(grad, values)
+        key_products, value_products = taps.products(query, keys, 0), taps.products(grad, values, 1)
 
         attention = taps.softmax(query, key_products, bias, rpb, scale)
         grad_attention = taps.gather(value_products).add_(per_slot(grad, bias))
@@ -115,12 +115,12 @@ def _backward(
         grad_bias.addmm_(grad.flatten(0, -2).t(), dropped.flatten(1).t())
         grad_rpb += (query.sum(-1) * grad_logits).sum((1, 2, 3)).t()
 
-        spread = taps.spread(grad_logits)
+        spread = taps.spread(grad_logits, 1)
         bias_and_rpb = (grad_logits * rpb.t()[:, None, None, None]).sum(0).unsqueeze(-1)
         direct = per_channel(grad_logits, bias) + bias_and_rpb
         grad_q[block] = torch.mul(spread, keys, out=key_products).flatten(-3, -2).sum(-2).add_(direct)
         taps.scatter(spread.mul_(query[..., None, None, :]), grad_k, block)
-        taps.scatter(taps.spread(dropped).mul_(grad[..., None, None, :]), grad_v, block)
+        taps.scatter(taps.spread(dropped, 0).mul_(grad[..., None, None, :]), grad_v, block)
     slots, kernel_size = weight.shape[1], weight.shape[-1]
     grad_weight = grad_by_slot.view(slots, kernel_size, kernel_size, -1).permute(3, 0, 1, 2)
     return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), grad_weight, grad_bias, grad_rpb, None, None
@@ -161,6 +161,7 @@ class _Taps:
         budget = CPU_BLOCK_BYTES if q.device.type == 'cpu' else DEVICE_BLOCK_BYTES
         rows = max(1, budget // max(1, row_bytes))
         self.rows = min(self.height, rows)
+        self.buffers: list[Tensor] = []
         self.images = max(1, min(self.batch, rows // max(1, self.height)))
 
     def blocks(self) -> Iterator[Block]:
@@ -191,19 +192,27 @@ class _Taps:
             images, rows + 2 * self.pad, self.width + 2 * self.pad, self.heads, self.head_dims
         )
 
-    def products(self, x: Tensor, windows: Tensor) -> Tensor:
+    def buffer(self, number: int, pixels: int) -> Tensor:
+        """Memory for a block of taps, (pixels · heads, k² · d), reused by every block: new memory costs page faults."""
+        while len(self.buffers) <= number:
+            most = self.images * self.rows * self.width
+            self.buffers.append(self.by_slot.new_empty(most * self.heads, self.by_slot.shape[1]))
+        return self.buffers[number][: pixels * self.heads]
+
+    def products(self, x: Tensor, windows: Tensor, buffer: int) -> Tensor:
         """x_c(p) · y_c(p + t): (images, rows, W, heads, k, k, d)."""
-        products = windows.new_empty(windows.shape)  # contiguous, unlike the product of two odd views
+        products = self.buffer(buffer, x.shape[:3].numel()).view(windows.shape)
         return torch.mul(x[..., None, None, :], windows, out=products)
 
     def gather(self, products: Tensor) -> Tensor:
         """Σ_t Σ_c products[t, c] · W[c, j, t]: (k², images, rows, W, heads)."""
         return (self.by_slot @ products.view(-1, self.by_slot.shape[1]).t()).view(-1, *products.shape[:4])
 
-    def spread(self, a: Tensor) -> Tensor:
+    def spread(self, a: Tensor, buffer: int) -> Tensor:
         """Σ_j a_j · W[c, j, t]: (images, rows, W, heads, k, k, d)."""
         shape = (*a.shape[1:], self.kernel_size, self.kernel_size, self.head_dims)
-        return (a.flatten(1).t() @ self.by_slot).view(shape)
+        out = self.buffer(buffer, a.shape[1:4].numel())
+        return torch.mm(a.flatten(1).t(), self.by_slot, out=out).view(shape)
 
     def softmax(self, query: Tensor, products: Tensor, bias: Tensor, rpb: Tensor, scale: float) -> Tensor:
         """The attention weights from q_c(p) · k_c(p + t): (k², images, rows, W, heads)."""
