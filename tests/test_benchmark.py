@@ -9,6 +9,7 @@ from helpers import relative_error
 
 from mmslide.benchmark import BACKBONES, Machine, Side, backbone_pair, compare, measure_machine, model_pair, op_pair
 from mmslide.benchmark.baselines import im2col
+from mmslide.benchmark.pairs import SMALL_SHAPE
 from mmslide.ops import slide_attention
 
 ROOT = Path(__file__).parents[1]
@@ -75,7 +76,7 @@ def test_floor():
 @pytest.mark.parametrize('training', [False, True])
 @pytest.mark.parametrize('name', BACKBONES)
 def test_backbones(name, training):
-    pair = backbone_pair(name, 64, 96, training=training)
+    pair = backbone_pair(name, *SMALL_SHAPE, training=training)
     assert (pair.tolerance is None) == name.startswith('slide')
     ours, _ = compare(pair.ours, pair.baseline, training, pair.tolerance, seconds=0.0)
     assert ours.peak_bytes > 0

@@ -10,6 +10,7 @@ from statistics import geometric_mean
 
 import torch
 from mmengine.config import Config
+from mmengine.logging import MMLogger
 from rich.console import Console
 from rich.table import Table
 
@@ -35,6 +36,7 @@ SIDES = (224, 400, 448, 800, 896, 1600)
 
 def main() -> None:
     args = parse_args()
+    MMLogger.get_current_instance().setLevel('WARNING')  # loading the baselines' weights is no news
     console = Console(width=max(150, Console().width))
     if args.threads:
         torch.set_num_threads(args.threads)
