@@ -50,10 +50,10 @@ def draw_detections(picture: np.ndarray, found: dict, size: tuple[int, int], nam
             into_box = np.array([[x, 0, (0.5 - x1) * x - 0.5], [0, y, (0.5 - y1) * y - 0.5]])
             inside = cv2.warpAffine(mask, into_box, (width, height), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
             picture[inside > 0.5] = (picture[inside > 0.5] + colour) // 2
-        text = f'{names[label]} {found["scores"][row]:.2f}'
+        name, score = names[label], found['scores'][row]
         cv2.rectangle(picture, (round(x1), round(y1)), (round(x2), round(y2)), colour)
-        cv2.putText(picture, text, (round(x1), round(y1) + 10), cv2.FONT_HERSHEY_SIMPLEX, 0.35, colour)
-        print(text, [round(side, 1) for side in (x1, y1, x2, y2)])
+        cv2.putText(picture, f'{name} {score:.2f}', (round(x1), round(y1) + 10), cv2.FONT_HERSHEY_SIMPLEX, 0.35, colour)
+        print(f'{name} {score:.3f} at', *(f'{side:.1f}' for side in (x1, y1, x2, y2)))
 
 
 def main() -> None:

@@ -175,7 +175,9 @@ class ExportableDetector(Exportable):
         if problems:
             return False, '\n'.join(['of PyTorch (first) and onnxruntime (second)', *problems])
         count = int((wanted[2] >= SCORE_THR).sum())
-        return True, f'{count} detections with a score from {SCORE_THR} on, the same in onnxruntime and PyTorch'
+        if not count:
+            return True, f'nothing found with a score from {SCORE_THR} on, so there was nothing to compare'
+        return True, f'{count} found with a score from {SCORE_THR} on, the same by onnxruntime and PyTorch'
 
 
 def dense_detections(
