@@ -28,6 +28,7 @@ from mmslide.deploy.detection import (
     roi_align,
     unmatched,
 )
+from mmslide.deploy.onnx import export_onnx
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
 SHAPE = (96, 128)
@@ -245,17 +246,31 @@ def test_onnx_without_detection(kind, exported):
     assert not any(x.any() for x in detections)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize('kind', ['mask-rcnn', 'retinanet'])
-def test_tools_from_a_checkpoint_to_a_picture(kind, tmp_path):
-    """From file to file: run_onnx prints and draws what mmdet finds."""
-    config_file, checkpoint, exported, out = (tmp_path / name for name in ('x.py', 'x.pth', 'x.onnx', 'out.png'))
+def saved(kind: str, folder: Path) -> tuple[Path, Path]:
+    """Files of a config, which can be tested with, and a checkpoint."""
+    config_file, checkpoint = folder / 'x.py', folder / 'x.pth'
     cfg = Config.fromfile(CONFIGS / 'mini/mask-rcnn_slide-pvt-mini_fpn_mini-coco.py')
     cfg.model = config(kind)
     cfg.test_dataloader.dataset.pipeline[1].scale = SHAPE[::-1]
     cfg.dump(config_file)
     meta = dict(dataset_meta=dict(classes=NAMES))
     torch.save(dict(state_dict=build(kind).state_dict(), meta=meta), checkpoint)
+    return config_file, checkpoint
+
+
+def test_dynamic_is_refused(tmp_path):
+    files = [str(file) for file in saved('retinanet', tmp_path)]
+    with pytest.raises(ValueError, match='a whole detector is exported for one size; its backbone can be dynamic'):
+        export_onnx(*files, str(tmp_path / 'x.onnx'), 'model', SHAPE, dynamic=True)
+    assert not (tmp_path / 'x.onnx').exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('kind', ['mask-rcnn', 'retinanet'])
+def test_tools_from_a_checkpoint_to_a_picture(kind, tmp_path):
+    """From file to file: run_onnx prints and draws what mmdet finds."""
+    config_file, checkpoint = saved(kind, tmp_path)
+    exported, out = tmp_path / 'x.onnx', tmp_path / 'out.png'
     files = [tmp_path / 'same ratio.png', tmp_path / 'wider.png']
     for seed, (file, size) in enumerate(zip(files, [(120, 160), (50, 99)], strict=True)):
         pixels = (60 * picture(seed)[0].permute(1, 2, 0) + 120).clip(0, 255).byte().numpy()
