@@ -1,7 +1,10 @@
 import json
+import subprocess
+import sys
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,6 +13,20 @@ from torch import Tensor, nn
 from mmslide.weights import load_pretrained
 
 GOLDEN = Path(__file__).parent / 'golden'
+TOOLS = Path(__file__).parents[1] / 'tools'
+
+
+def run(*command: object, check: bool = True, **kwargs: Any) -> Any:
+    """A process's output, which must end well; without check its exit status and its output."""
+    result = subprocess.run([str(x) for x in command], capture_output=True, text=True, timeout=600, **kwargs)
+    output = result.stdout + result.stderr
+    assert not check or result.returncode == 0, output[-6000:]
+    return output if check else (result.returncode, output)
+
+
+def tool(name: str, *arguments: object, **kwargs: Any) -> Any:
+    """`run` with a script of tools/."""
+    return run(sys.executable, TOOLS / f'{name}.py', *arguments, **kwargs)
 
 
 def relative_error(value: Tensor, reference: Tensor) -> float:

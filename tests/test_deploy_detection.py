@@ -2,13 +2,16 @@
 
 import copy
 import functools
+import re
 from pathlib import Path
 
+import cv2
 import onnx
 import onnxruntime
 import pytest
 import torch
-from helpers import randomize, relative_error
+from helpers import randomize, relative_error, tool
+from mmdet.apis import inference_detector, init_detector
 from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
 from mmengine.config import Config, ConfigDict
@@ -25,10 +28,12 @@ from mmslide.deploy.detection import (
     roi_align,
     unmatched,
 )
+from mmslide.deploy.onnx import export_onnx
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
 SHAPE = (96, 128)
-CLASSES = 5
+NAMES = ['a', 'b', 'c', 'd', 'two words']
+CLASSES = len(NAMES)
 STAGE_STDS = ([0.1, 0.1, 0.2, 0.2], [0.05, 0.05, 0.1, 0.1], [0.03, 0.03, 0.07, 0.07])
 
 
@@ -241,6 +246,71 @@ def test_onnx_without_detection(kind, exported):
     assert not any(x.any() for x in detections)
 
 
+def saved(kind: str, folder: Path) -> tuple[Path, Path]:
+    """Files of a config, which can be tested with, and a checkpoint."""
+    config_file, checkpoint = folder / 'x.py', folder / 'x.pth'
+    cfg = Config.fromfile(CONFIGS / 'mini/mask-rcnn_slide-pvt-mini_fpn_mini-coco.py')
+    cfg.model = config(kind)
+    cfg.test_dataloader.dataset.pipeline[1].scale = SHAPE[::-1]
+    cfg.dump(config_file)
+    meta = dict(dataset_meta=dict(classes=NAMES))
+    torch.save(dict(state_dict=build(kind).state_dict(), meta=meta), checkpoint)
+    return config_file, checkpoint
+
+
+def test_dynamic_is_refused(tmp_path):
+    files = [str(file) for file in saved('retinanet', tmp_path)]
+    with pytest.raises(ValueError, match='a whole detector is exported for one size; its backbone can be dynamic'):
+        export_onnx(*files, str(tmp_path / 'x.onnx'), 'model', SHAPE, dynamic=True)
+    assert not (tmp_path / 'x.onnx').exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('kind', ['mask-rcnn', 'retinanet'])
+def test_tools_from_a_checkpoint_to_a_picture(kind, tmp_path):
+    """From file to file: run_onnx prints and draws what mmdet finds."""
+    config_file, checkpoint = saved(kind, tmp_path)
+    exported, out = tmp_path / 'x.onnx', tmp_path / 'out.png'
+    files = [tmp_path / 'same ratio.png', tmp_path / 'wider.png']
+    for seed, (file, size) in enumerate(zip(files, [(120, 160), (50, 99)], strict=True)):
+        pixels = (60 * picture(seed)[0].permute(1, 2, 0) + 120).clip(0, 255).byte().numpy()
+        cv2.imwrite(str(file), cv2.resize(pixels, size[::-1]))
+
+    text = tool('export_onnx', config_file, checkpoint, exported, '--shape', *SHAPE, '--images', *files)
+    assert len(re.findall(r'png: \d\d found .* the same by onnxruntime and PyTorch', text)) == 2
+    lines = tool('run_onnx', exported, files[0], out).splitlines()
+    names, scores, boxes = zip(
+        *(re.fullmatch(r'(.+) (0\.\d{3}) at (.+)', line).groups() for line in lines), strict=True
+    )
+    assert list(scores) == sorted(scores)
+    found = (
+        torch.tensor([[float(side) for side in box.split()] for box in boxes]),
+        torch.tensor([NAMES.index(name) for name in names]),
+        torch.tensor([float(score) for score in scores]),
+    )
+    detector = init_detector(str(config_file), str(checkpoint), device='cpu')
+    wanted = inference_detector(detector, str(files[0])).pred_instances
+    wanted.bboxes = wanted.bboxes.minimum(torch.tensor([160.0, 120.0] * 2))  # not every coder clips
+    assert len(lines) >= 10
+    assert unmatched((wanted.bboxes, wanted.labels, wanted.scores), found) == []
+
+    if kind == 'retinanet':
+        return
+
+    # The best alone: inside its box, below the text, the mask is drawn and nothing else.
+    assert (
+        len(tool('run_onnx', exported, files[0], out, '--score-thr', float(wanted.scores[0]) - 1e-4).splitlines()) == 1
+    )
+    drawn = (cv2.imread(str(out)) != cv2.imread(str(files[0]))).any(-1)
+    x1, y1, x2, y2 = wanted.bboxes[0].round().int().tolist()
+    inside = slice(y1 + 13, y2), slice(x1 + 1, x2)
+    mask = wanted.masks[0].numpy()[inside]
+    assert 0.1 < mask.mean() < 0.9
+    assert (drawn[inside] == mask).mean() > 0.98
+    assert drawn[y1:y2, x1].all()
+    assert not drawn[y1 + 13 :, x2 + 2 :].any()
+
+
 class Operators(nn.Module):
     def forward(self, feature: Tensor, rois: Tensor, boxes: Tensor, scores: Tensor) -> tuple[Tensor, ...]:
         aligned = [roi_align(feature, rois, (3, 5), 0.25, sampling_ratio) for sampling_ratio in (0, 1, 2)]
@@ -305,6 +375,21 @@ def test_unmatched():
     assert [line[:17] for line in unmatched(ours, twin)] == ['only the second h']
     with pytest.raises(ValueError, match='got 4 and 3 tensors'):
         unmatched(ours, ours[:3])
+
+
+def test_agreement():
+    detector = ExportableDetector(build('mask-rcnn'), SHAPE)
+    agrees, how = detector.agreement(detections(), changed(2, 2, 9e-4))
+    assert agrees
+    assert how.startswith('7 found with a score from 0.3 on')
+    empty = [torch.zeros_like(x) for x in detections()]
+    agrees, how = detector.agreement(empty, empty)
+    assert agrees
+    assert 'nothing found' in how
+    for values in [(changed(3, 2, -0.9), detections()), (detections(), changed(2, 2, -0.75))]:
+        agrees, how = detector.agreement(*values)
+        assert not agrees
+        assert 'the second has label 2' in how
 
 
 GENERIC_EXTRACTOR = dict(

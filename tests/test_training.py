@@ -4,13 +4,13 @@ import os
 import pickle
 import re
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import cv2
 import pytest
 import torch
+from helpers import run, tool
 
 REPOSITORY = Path(__file__).parent.parent
 DETECTOR = REPOSITORY / 'configs/mini/mask-rcnn_slide-pvt-mini_fpn_mini-coco.py'
@@ -20,17 +20,6 @@ TWINS_SEGMENTOR = next((REPOSITORY / 'configs/mini').glob('twins-pcpvt-mini_uper
 VAL_IMAGES = 6
 
 pytestmark = pytest.mark.slow
-
-
-def run(*command, check=True, **kwargs):
-    result = subprocess.run([str(x) for x in command], capture_output=True, text=True, timeout=600, **kwargs)
-    output = result.stdout + result.stderr
-    assert not check or result.returncode == 0, output[-6000:]
-    return output if check else (result.returncode, output)
-
-
-def tool(name, *arguments, **kwargs):
-    return run(sys.executable, REPOSITORY / 'tools' / f'{name}.py', *arguments, **kwargs)
 
 
 @pytest.fixture(scope='session')

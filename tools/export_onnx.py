@@ -14,14 +14,17 @@ def main() -> None:
     parser.add_argument('--part', choices=PARTS, default='model', help='what to export; the whole model by default')
     parser.add_argument('--shape', type=int, nargs=2, required=True, metavar=('HEIGHT', 'WIDTH'), help='in pixels')
     parser.add_argument('--dynamic', action='store_true', help='for every size from 32 pixels a side, not for one')
+    parser.add_argument(
+        '--images', nargs='+', default=[], metavar='FILE', help='pictures to compare the results on too'
+    )
     args = parser.parse_args()
     try:
-        errors = export_onnx(args.config, args.checkpoint, args.out, args.part, tuple(args.shape), args.dynamic)
+        lines = export_onnx(
+            args.config, args.checkpoint, args.out, args.part, tuple(args.shape), args.dynamic, args.images
+        )
     except (OSError, RuntimeError, ValueError) as error:
         sys.exit(f'error: {error}')
-    for (height, width), error in errors.items():
-        print(f'{height}×{width}: onnxruntime and PyTorch differ by {error:.1e}')
-    print(f'{args.out} is written')
+    print(*lines, f'{args.out} is written', sep='\n')
 
 
 if __name__ == '__main__':

@@ -6,7 +6,7 @@ PyTorch lacks, NMS and RoIAlign, run mmcv's code in PyTorch and turn into ONNX's
 
     detector = ExportableDetector(model, shape)
     with torch.no_grad():  # with gradients, the exporter fails on attention with a learned bias
-        torch.onnx.export(detector, ..., dynamo=True, custom_translation_table=ONNX_TRANSLATIONS)
+        torch.onnx.export(detector, ..., dynamo=True, custom_translation_table=detector.translations)
 """
 
 from collections.abc import Callable, Sequence
@@ -37,10 +37,14 @@ from mmdet.models.task_modules.coders.delta_xywh_bbox_coder import delta2bbox
 from mmdet.structures.bbox import bbox_overlaps
 from torch import Tensor, nn
 
+from .onnx import Exportable
+
 op: Any = onnxscript.opset18  # its own types do not say that it takes numbers for tensors
 
 # boxes (K, 4), labels (K,), scores (K,) and, if the model has a mask head, masks (K, h, w).
-Detections = tuple[Tensor, ...]
+Detections = Sequence[Tensor]
+# What counts as found when detections are compared.
+SCORE_THR = 0.3
 
 
 @torch.library.custom_op('mmslide::nms', mutates_args=())
@@ -115,7 +119,7 @@ ONNX_TRANSLATIONS: dict[Callable, Callable] = {
 }
 
 
-class ExportableDetector(nn.Module):
+class ExportableDetector(Exportable):
     """What mmdet's Mask R-CNN, Faster R-CNN, Cascade (Mask) R-CNN or RetinaNet predicts, with shapes known beforehand.
 
     forward takes an image (1, 3, H, W), normalised and padded as the model's data_preprocessor does it, and returns K
@@ -136,6 +140,8 @@ class ExportableDetector(nn.Module):
     """
 
     model: BaseDetector
+    any_size = False
+    translations = ONNX_TRANSLATIONS
 
     def __init__(self, model: BaseDetector, shape: tuple[int, int]) -> None:
         super().__init__()
@@ -147,6 +153,7 @@ class ExportableDetector(nn.Module):
             raise ValueError(f'shape (H, W) must be multiples of the pad_size_divisor {divisor}, got {shape=}')
         self.model = model
         self.shape = shape
+        self.output_names = ['boxes', 'labels', 'scores', *(['masks'] if model.with_mask else [])]
         self.eval()
 
     def forward(self, image: Tensor) -> Detections:
@@ -161,6 +168,16 @@ class ExportableDetector(nn.Module):
         if not self.model.roi_head.with_mask:
             return boxes, labels, scores
         return boxes, labels, scores, roi_masks(self.model.roi_head, features, boxes, labels)
+
+    def agreement(self, outputs: Detections, wanted: Detections) -> tuple[bool, str]:
+        """Whether the two have found the same, see `unmatched`, and how many detections that is, in words."""
+        problems = unmatched(wanted, outputs)
+        if problems:
+            return False, '\n'.join(['of PyTorch (first) and onnxruntime (second)', *problems])
+        count = int((wanted[2] >= SCORE_THR).sum())
+        if not count:
+            return True, f'nothing found with a score from {SCORE_THR} on, so there was nothing to compare'
+        return True, f'{count} found with a score from {SCORE_THR} on, the same by onnxruntime and PyTorch'
 
 
 def dense_detections(
@@ -361,7 +378,7 @@ def _require(name: str, value: Any, ok: bool, supported: str) -> None:
         raise ValueError(f'{name} cannot be exported: supported is {supported}, got {value}')
 
 
-def unmatched(a: Detections, b: Detections, score_thr: float = 0.3) -> list[str]:
+def unmatched(a: Detections, b: Detections, score_thr: float = SCORE_THR) -> list[str]:
     """What one model finds and the other does not, both ways.
 
     Each detection with a score of score_thr or more needs a partner of its own among the other's: the same label, an

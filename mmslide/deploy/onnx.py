@@ -1,8 +1,10 @@
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import mmcv
+import numpy as np
 import torch
 import torch.fx.experimental._config
 import torch.nn.functional as F
@@ -25,7 +27,20 @@ TOLERANCE = 1e-4
 DYNAMIC_TRACE = (2003, 2503)
 
 
-class ExportableBackbone(nn.Module):
+class Exportable(nn.Module):
+    """A model as it is exported: the image (1, 3, H, W) to the outputs that are named."""
+
+    output_names: Sequence[str]
+    any_size = True
+    translations: dict[Callable, Callable] | None = None  # of operators that PyTorch lacks
+
+    def agreement(self, outputs: Sequence[Tensor], wanted: Sequence[Tensor]) -> tuple[bool, str]:
+        """Whether onnxruntime's outputs are PyTorch's within `TOLERANCE`, and how far they are, in words."""
+        error = max(map(output_error, outputs, wanted))
+        return error <= TOLERANCE, f'onnxruntime and PyTorch differ by {error:.1e}'
+
+
+class ExportableBackbone(Exportable):
     """A backbone as it is exported: the image (1, 3, H, W) to one map (1, C, H', W') a stage."""
 
     def __init__(self, backbone: Any) -> None:
@@ -37,7 +52,7 @@ class ExportableBackbone(nn.Module):
         return self.backbone(image)
 
 
-class ExportableSegmentor(nn.Module):
+class ExportableSegmentor(Exportable):
     """A segmentor as it is exported: the image (1, 3, H, W) to logits (1, classes, H, W) and labels (1, H, W) in int64.
 
     Both are of the image's size, which the logits are resized to as `EncoderDecoder.predict` does for whole images.
@@ -109,38 +124,46 @@ def make_sizes_symbolic(model: nn.Module) -> None:
                 setattr(module, name, Enlarge(int(child.scale_factor), child.mode, child.align_corners))
 
 
-def part(model: Any, name: str, shape: tuple[int, int]) -> nn.Module:
+def part(model: Any, name: str, shape: tuple[int, int]) -> Exportable:
     """What is exported of a fused model: its 'backbone', or the whole 'model' for images of `shape` (height, width)."""
     if name == 'backbone':
         return ExportableBackbone(model.backbone)
     if hasattr(model, 'decode_head'):
         return ExportableSegmentor(model)
-    from .detection import ExportableDetector  # type: ignore[import-untyped,import-not-found,unused-ignore]
+    from .detection import ExportableDetector
 
     return ExportableDetector(model, shape)
 
 
 def export_onnx(
-    config: str, checkpoint: str, out: str, name: str, shape: tuple[int, int], dynamic: bool = False
-) -> dict[tuple[int, int], float]:
-    """Writes a trained model, fused, as an ONNX file, after onnxruntime has given PyTorch's numbers with it.
+    config: str,
+    checkpoint: str,
+    out: str,
+    name: str,
+    shape: tuple[int, int],
+    dynamic: bool = False,
+    images: Sequence[str] = (),
+) -> list[str]:
+    """Writes a trained model, fused, as an ONNX file, after onnxruntime has given PyTorch's results with it.
 
     The graph takes `image` (1, 3, H, W), float32, normalised and in the model's order of channels. What is needed for
     that stands in the file's metadata as JSON: mean, std, bgr_to_rgb, pad_divisor, classes.
 
     Args:
         out: the file; it appears whole or not at all.
-        name: 'backbone' (outputs stage1, ...) or 'model' (of a segmentor: logits, labels).
+        name: 'backbone' (outputs stage1, ...) or 'model' (of a segmentor: logits, labels; of a detector: see
+            `ExportableDetector`).
         shape: (height, width) of the image, from 32 pixels a side.
         dynamic: the file takes every size from 32 pixels a side; shape is the first that is compared.
+        images: files of pictures that are compared too, see `prepare`, beside random numbers as an image.
 
     Returns:
-        The largest error of an output for each size that was compared: shape, and if dynamic three others. See
-        `TOLERANCE`.
+        A line for each image that was compared: random ones of `shape`, and if dynamic of three other sizes; images.
 
     Raises:
         ValueError: an argument does not fit, or see `load_model`.
-        RuntimeError: the numbers differ, or the graph does not run.
+        FileNotFoundError: one of the files does not exist.
+        RuntimeError: the results differ, see `compare`, or the graph does not run.
         OSError: out cannot be written.
     """
     if name not in PARTS:
@@ -149,29 +172,23 @@ def export_onnx(
         raise ValueError(f'shape must be at least {MIN_SIDE} pixels a side, got {tuple(shape)}')
     with replacing(out) as path:
         cfg, model, meta = load_model(config, checkpoint)
+        values = preprocessing(cfg, meta)
+        pictures = {file: prepare(file, values, shape) for file in images}
         module = part(fuse(model), name, shape)
-        whole_detector = not isinstance(module, ExportableBackbone | ExportableSegmentor)
-        if whole_detector and dynamic:
+        if dynamic and not module.any_size:
             raise ValueError('a whole detector is exported for one size; its backbone can be dynamic')
         program = to_onnx(module, shape, dynamic)
-        program.model.metadata_props.update(
-            {key: json.dumps(value) for key, value in preprocessing(cfg, meta).items()} | {'part': json.dumps(name)}
-        )
+        program.model.metadata_props.update({key: json.dumps(value) for key, value in {**values, 'part': name}.items()})
         program.save(path, external_data=False)
-        return compare(module, path, [shape, *(other_shapes(shape) if dynamic else [])])
+        shapes = [shape, *(other_shapes(shape) if dynamic else [])]
+        return compare(module, path, {**random_images(shapes), **pictures})
 
 
-def to_onnx(module: nn.Module, shape: tuple[int, int], dynamic: bool) -> torch.onnx.ONNXProgram:
+def to_onnx(module: Exportable, shape: tuple[int, int], dynamic: bool) -> torch.onnx.ONNXProgram:
     """The graph of what `part` returns, its Slide Attention in plain operations."""
     for child in module.modules():
         if isinstance(child, SlideAttention):
             child.backend = 'unrolled'
-    if isinstance(module, ExportableBackbone | ExportableSegmentor):
-        output_names, translations = list(module.output_names), None
-    else:
-        from .detection import ONNX_TRANSLATIONS
-
-        output_names, translations = ['boxes', 'labels', 'scores', 'masks'], ONNX_TRANSLATIONS
     # From twice the least side on, since PyTorch sets apart maps with a side of 1, which is the same in the graph.
     sides = {axis: torch.export.Dim(side, min=2 * MIN_SIDE) for axis, side in ((2, 'height'), (3, 'width'))}
     traced = DYNAMIC_TRACE if dynamic else shape
@@ -188,8 +205,8 @@ def to_onnx(module: nn.Module, shape: tuple[int, int], dynamic: bool) -> torch.o
             exported,
             dynamo=True,
             input_names=['image'],
-            output_names=output_names,
-            custom_translation_table=translations,
+            output_names=list(module.output_names),
+            custom_translation_table=module.translations,
             verbose=False,
         )
     assert program is not None
@@ -218,32 +235,61 @@ def other_shapes(shape: tuple[int, int]) -> Iterator[tuple[int, int]]:
     yield height + 27, max(MIN_SIDE, width // 2)
 
 
-def compare(module: nn.Module, path: Path, shapes: Sequence[tuple[int, int]]) -> dict[tuple[int, int], float]:
-    """The largest error of onnxruntime's outputs for each shape.
+def random_images(shapes: Sequence[tuple[int, int]]) -> dict[str, Tensor]:
+    """Standard normal, one of each shape."""
+    generator = torch.Generator().manual_seed(0)
+    return {f'{height}×{width}': torch.randn(1, 3, height, width, generator=generator) for height, width in shapes}
+
+
+def prepare(file: str, values: dict[str, Any], shape: tuple[int, int]) -> Tensor:
+    """A picture as the model sees it, (1, 3, H, W): as large as fits into `shape`, normalised, zeros below and right.
+
+    Args:
+        values: see `preprocessing`.
 
     Raises:
-        RuntimeError: it exceeds `TOLERANCE`, or the graph does not run.
+        FileNotFoundError: there is no such file.
+        ValueError: it is no picture.
+    """
+    picture = mmcv.imread(file)
+    if picture is None:
+        raise ValueError(f'{file} is not a readable picture')
+    scale = min(side / length for side, length in zip(shape, picture.shape, strict=False))
+    resized = mmcv.imrescale(picture, scale)
+    normalised = mmcv.imnormalize(resized, *(np.array(values[key]) for key in ('mean', 'std')), values['bgr_to_rgb'])
+    return torch.from_numpy(mmcv.impad(normalised, shape=shape)).permute(2, 0, 1)[None].contiguous()
+
+
+def run(path: Path, images: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """onnxruntime's outputs, image by image.
+
+    Raises:
+        RuntimeError: the graph does not run.
     """
     import onnxruntime
 
-    generator = torch.Generator().manual_seed(0)
-    errors = {}
     try:
         session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
-        for shape in shapes:
-            image = torch.randn(1, 3, *shape, generator=generator)
-            with torch.no_grad():
-                wanted = module(image)
-            outputs = session.run(None, {'image': image.numpy()})
-            errors[shape] = max(
-                output_error(torch.from_numpy(x), reference) for x, reference in zip(outputs, wanted, strict=True)
-            )
+        for image in images:
+            yield [torch.from_numpy(x) for x in session.run(None, {'image': image.numpy()})]
     except Exception as error:  # onnxruntime's errors have no base of their own
         raise RuntimeError(f'onnxruntime does not run the exported graph: {error}') from error
-    wrong = {shape: error for shape, error in errors.items() if not error <= TOLERANCE}
-    if wrong:
-        raise RuntimeError(f"onnxruntime's results differ from PyTorch's by more than {TOLERANCE}: {wrong}")
-    return errors
+
+
+def compare(module: Exportable, path: Path, images: dict[str, Tensor]) -> list[str]:
+    """How the graph's results agree with the module's, a line for each of the images, which have names.
+
+    Raises:
+        RuntimeError: they do not, or the graph does not run.
+    """
+    lines = []
+    for (name, image), outputs in zip(images.items(), run(path, images.values()), strict=True):
+        with torch.no_grad():
+            agrees, how = module.agreement(outputs, module(image))
+        lines.append(f'{name}: {how}')
+        if not agrees:
+            raise RuntimeError(f"the exported graph's results are not the model's: {lines[-1]}")
+    return lines
 
 
 def output_error(value: Tensor, reference: Tensor) -> float:
