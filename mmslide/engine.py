@@ -16,6 +16,8 @@ from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
+from mmslide.files import find_config
+
 
 def argument_parser(description: str) -> ArgumentParser:
     """The options that training and testing share, as mmdet and mmseg name them."""
@@ -42,7 +44,7 @@ def read_config(args: Namespace) -> Config:
         ValueError: an option overrides something that no config and no runner knows.
     """
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
-    config = Config.fromfile(args.config)
+    config = Config.fromfile(find_config(args.config))
     options = dict(args.cfg_options)
     known = {*config, *inspect.signature(Runner.__init__).parameters}
     for key in (option.split('.')[0] for option in options):

@@ -3,6 +3,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+# In a checkout, which an editable install points to, and in a wheel.
+CONFIG_FOLDERS = [Path(__file__).parents[1] / 'configs', Path(__file__).parent / '.mim' / 'configs']
+
+
+def find_config(name: str) -> Path:
+    """A config file by its path, or one of mmslide's own by its bare name, as mim finds it.
+
+    Raises:
+        FileNotFoundError: there is neither.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    if Path(name).name == name:
+        for folder in CONFIG_FOLDERS:
+            for path in folder.rglob(name):
+                return path
+    raise FileNotFoundError(f'{name} is no file, and no config of mmslide has this name')
+
 
 @contextmanager
 def replacing(out: str | Path) -> Iterator[Path]:

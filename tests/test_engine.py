@@ -7,6 +7,7 @@ import torch
 from mmengine.config import Config
 
 from mmslide import engine
+from mmslide.files import find_config
 
 CONFIG = """
 default_scope = 'mmdet'
@@ -131,3 +132,12 @@ def test_options_that_the_config_cannot_serve_are_refused():
     config.default_scope = 'other'
     with pytest.raises(ValueError, match="got 'other'"):
         engine.set_out(config, 'out')
+
+
+def test_find_config():
+    own = find_config('mask-rcnn_slide-pvt-t_fpn_1x_coco.py')
+    assert own.is_file()
+    assert find_config(str(own)) == own
+    for name in ('nowhere.py', 'folder/mask-rcnn_slide-pvt-t_fpn_1x_coco.py'):
+        with pytest.raises(FileNotFoundError, match=f'{name} is no file, and no config of mmslide'):
+            find_config(name)

@@ -53,7 +53,7 @@ def install(python, *what, cwd):
     run(python, '-m', 'pip', 'install', '--no-build-isolation', '--no-deps', '--no-index', *what, cwd=cwd)
 
 
-def use(python, data, folder, train_config, test_config, get_flops_config):
+def use(python, data, folder, train_config, test_config, zoo_config):
     """Train, test, count and search through mim, from a folder that knows nothing of the checkout."""
     folder.mkdir()
     options = ['--cfg-options', f'data_root={data}', 'train_cfg.max_epochs=1', 'train_dataloader.batch_size=2']
@@ -63,7 +63,8 @@ def use(python, data, folder, train_config, test_config, get_flops_config):
     checkpoint = ['--checkpoint', 'work/epoch_1.pth', '--work-dir', 'test']
     output = run(*mim, 'test', 'mmslide', test_config, *checkpoint, *options[:2], cwd=folder)
     assert 'Testing finished successfully' in output
-    assert 'multiply-adds' in run(*mim, 'run', 'mmslide', 'get_flops', get_flops_config, cwd=folder)
+    for config in (zoo_config, ZOO_CONFIG):  # by path and by bare name
+        assert 'multiply-adds' in run(*mim, 'run', 'mmslide', 'get_flops', config, '--shape', 64, 64, cwd=folder)
     assert ZOO_CONFIG[:-3] in run(*mim, 'search', 'mmslide', '--model', 'Slide-PVT', cwd=folder)
 
 

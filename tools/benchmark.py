@@ -28,6 +28,7 @@ from mmslide.benchmark import (
     op_pair,
     plot_cost,
 )
+from mmslide.files import find_config
 
 # Height, width, channels, heads: stages that attend with Slide Attention, at detection's sizes.
 MAPS = ['200x320x64x1', '100x160x128x2', '200x200x96x3', '100x100x192x6']
@@ -88,7 +89,8 @@ def pairs(args: argparse.Namespace, settings: dict) -> Iterator[Pair]:
         for name in args.names or BACKBONES:
             yield backbone_pair(name, *args.shape, backend=args.backend, **settings)
     else:
-        yield model_pair(Config.fromfile(args.config), Config.fromfile(args.baseline), *args.shape, **settings)
+        ours, baseline = (Config.fromfile(find_config(name)) for name in (args.config, args.baseline))
+        yield model_pair(ours, baseline, *args.shape, **settings)
 
 
 def op_settings(args: argparse.Namespace, settings: dict) -> dict:

@@ -5,6 +5,7 @@ import argparse
 from mmengine.config import Config, DictAction
 from rich.console import Console
 
+from mmslide.files import find_config
 from mmslide.flops import complexity_table, count_complexity
 
 
@@ -20,7 +21,7 @@ def main() -> None:
     )
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, help='changes to the config, as key=value')
     args = parser.parse_args()
-    cfg = Config.fromfile(args.config)
+    cfg = Config.fromfile(find_config(args.config))
     cfg.merge_from_dict(args.cfg_options or {})
     Console().print(complexity_table(count_complexity(cfg, args.shape)))
 

@@ -7,7 +7,7 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 
-from mmslide.files import replacing
+from mmslide.files import find_config, replacing
 from mmslide.weights.load import find_state_dict, read_checkpoint
 
 from .fuse import fuse
@@ -20,7 +20,7 @@ def load_model(config: str, checkpoint: str) -> tuple[Config, nn.Module, dict[st
         ValueError: the config's model has no backbone, or the checkpoint cannot be read or does not fit it.
         FileNotFoundError: one of the files does not exist.
     """
-    cfg = Config.fromfile(config)
+    cfg = Config.fromfile(find_config(config))
     if 'backbone' not in cfg.get('model', {}):
         raise ValueError(f'{config} must have a model with a backbone')
     content = read_checkpoint(checkpoint)
