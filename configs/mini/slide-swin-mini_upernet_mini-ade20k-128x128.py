@@ -25,6 +25,8 @@ train_pipeline = [
     dict(type='RandomResize', scale=image_scale, ratio_range=(0.8, 1.25), keep_ratio=True),
     dict(type='RandomCrop', crop_size=crop_size),
     dict(type='RandomFlip', prob=[0.5, 0.25], direction=['horizontal', 'vertical']),
+    # The loss at the head's own stride: 150 classes at full size would be half of a training step.
+    dict(type='SegRescale', scale_factor=0.25),
     dict(type='PackSegInputs'),
 ]
 test_pipeline = [
@@ -57,15 +59,25 @@ train_dataloader = dict(
 val_dataloader = dict(num_workers=1, dataset=dict(data_root=data_root, pipeline=test_pipeline))
 test_dataloader = val_dataloader
 
-max_iters = 900
+max_iters = 1800
 train_cfg = dict(type='IterBasedTrainLoop', max_iters=max_iters, val_interval=max_iters)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
-default_hooks = dict(checkpoint=dict(interval=300))
+default_hooks = dict(checkpoint=dict(interval=600))
 optim_wrapper = dict(
     type='OptimWrapper',
     optimizer=dict(type='AdamW', lr=1e-3, weight_decay=0.05),
-    paramwise_cfg=dict(norm_decay_mult=0.0, bias_decay_mult=0.0),
+    paramwise_cfg=dict(
+        norm_decay_mult=0.0,
+        bias_decay_mult=0.0,
+        # Slide Attention's own parameters start at zero and have far to go.
+        custom_keys=dict(
+            deform_weight=dict(lr_mult=10.0),
+            deform_bias=dict(lr_mult=10.0, decay_mult=0.0),
+            shift_bias=dict(lr_mult=10.0, decay_mult=0.0),
+            relative_position_bias=dict(lr_mult=10.0, decay_mult=0.0),
+        ),
+    ),
     clip_grad=dict(max_norm=5.0),
 )
 param_scheduler = [
