@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import relative_error
+from mmengine.logging import MMLogger
 
 from mmslide.benchmark import BACKBONES, Machine, Side, backbone_pair, compare, measure_machine, model_pair, op_pair
 from mmslide.benchmark.baselines import im2col
@@ -13,6 +14,15 @@ from mmslide.benchmark.pairs import SMALL_SHAPE
 from mmslide.ops import slide_attention
 
 ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def log_level():
+    """The tool is silent about what it loads; other tests are not."""
+    logger = MMLogger.get_current_instance()
+    level = logger.level
+    yield
+    logger.setLevel(level)
 
 
 def side(name, function, *inputs):
