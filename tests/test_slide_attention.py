@@ -63,6 +63,18 @@ def test_output_and_gradients_agree_with_the_reference(backend, shape):
         assert relative_error(value, wanted) < 1e-5, name
 
 
+@pytest.mark.parametrize('rows', [1, 5, 11, 27], ids=['single rows', 'uneven', 'an image', 'two images and a rest'])
+@pytest.mark.parametrize('kernel_size', [3, 5])
+def test_tapwise_in_blocks_of_any_size(rows, kernel_size):
+    args = arguments(3, 11, 7, 2, 4, kernel_size)
+    grad = torch.randn(3, 11, 7, 2, 4, dtype=torch.float64)
+    reference = run(args, grad, backend='reference')
+    row_bytes = 7 * 2 * kernel_size**2 * 4 * 8
+    with mock.patch.object(tapwise, 'CPU_BLOCK_BYTES', rows * row_bytes):
+        for name, value, wanted in zip(('out', *NAMES), run(args, grad, backend='tapwise'), reference, strict=True):
+            assert relative_error(value, wanted) < 1e-12, name
+
+
 @pytest.mark.parametrize('backend', ['conv', 'tapwise', 'unrolled', 'reference'])
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
 def test_half_precision_maps_with_float32_kernels(backend, dtype):

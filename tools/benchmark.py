@@ -4,7 +4,6 @@ import argparse
 import json
 from collections.abc import Iterator
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from statistics import geometric_mean
 
@@ -78,6 +77,8 @@ def parse_args() -> argparse.Namespace:
         command.add_argument('--shape', type=int, nargs=2, default=(800, 1280), metavar=('HEIGHT', 'WIDTH'))
     args = parser.parse_args()
     args.plot = getattr(args, 'plot', None)
+    if args.plot and args.command == 'backbone' and len(args.names) > 1:
+        parser.error(f'--plot draws one backbone, got {" ".join(args.names)}')
     return args
 
 
@@ -156,7 +157,9 @@ def run_cost(args: argparse.Namespace, settings: dict, what: str, console: Conso
     else:
         (name,) = args.names or ['slide-swin-t']
         title, names = name, ('ours', BACKBONES[name].baseline)
-        build = partial(_square, name, args.backend, settings)
+
+        def build(side: int) -> Pair:
+            return backbone_pair(name, side, side, backend=args.backend, **settings)
 
     def report(cost: Cost) -> None:
         apart = f', of which global attention {1e3 * cost.global_seconds:.0f} ms' if cost.global_seconds else ''
@@ -180,10 +183,6 @@ def run_cost(args: argparse.Namespace, settings: dict, what: str, console: Conso
     plot_cost(costs, f'{title}\n{what}', names, args.plot)
     console.print(f'drawn: {args.plot}')
     return [asdict(cost) for cost in costs]
-
-
-def _square(name: str, backend: str | None, settings: dict, side: int) -> Pair:
-    return backbone_pair(name, side, side, backend=backend, **settings)
 
 
 if __name__ == '__main__':

@@ -6,11 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use('Agg')
-import matplotlib.pyplot as plt
 import torch
+from matplotlib.figure import Figure
 
 from mmslide.models.attention import SubsampledAttention
 
@@ -50,7 +47,8 @@ def measure_cost(
 
 def plot_cost(costs: Sequence[Cost], title: str, names: tuple[str, str], file: Path) -> None:
     """Draws time and memory of both sides against pixels, beside lines of growth in proportion."""
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
+    figure = Figure(figsize=(10, 4), layout='constrained')
+    axes = figure.subplots(1, 2)
     pixels = [cost.pixels / 1e6 for cost in costs]
     panels = [
         ('time (ms)', lambda x: 1e3 * x.seconds, [1e3 * cost.global_seconds for cost in costs]),
@@ -67,7 +65,6 @@ def plot_cost(costs: Sequence[Cost], title: str, names: tuple[str, str], file: P
         ax.legend()
     figure.suptitle(title)
     figure.savefig(file, dpi=120)
-    plt.close(figure)
 
 
 def _global_seconds(pair: Pair) -> float:

@@ -80,14 +80,13 @@ class Block(BaseModule):
         norm_cfg: dict,
     ) -> None:
         super().__init__()
-        self.hidden_dims = round(mlp_ratio * embed_dims)
         self.norm1 = build_norm_layer(norm_cfg, embed_dims)[1]
         self.attn = mixer
         self.drop_path = DropPath(drop_path_rate)
         self.norm2 = build_norm_layer(norm_cfg, embed_dims)[1]
         self.ffn = FFN(
             embed_dims,
-            self.hidden_dims,
+            round(mlp_ratio * embed_dims),
             act_cfg=dict(type='GELU'),
             ffn_drop=drop_rate,
             dropout_layer=dict(type='DropPath', drop_prob=drop_path_rate),
@@ -95,12 +94,11 @@ class Block(BaseModule):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.drop_path(self.attn(self.norm1(x)))
-        in_blocks = not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
-        if not in_blocks or x.device.type != 'cpu':
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or x.device.type != 'cpu':
             return self.mlp(x)
         pixels = x.reshape(-1, x.shape[-1])
         out = torch.empty_like(pixels)
-        count = max(1, MLP_BLOCK_BYTES // (self.hidden_dims * x.element_size()))
+        count = max(1, MLP_BLOCK_BYTES // (self.ffn.feedforward_channels * x.element_size()))
         for part, result in zip(pixels.split(count), out.split(count), strict=True):
             result.copy_(self.mlp(part))
         return out.view(x.shape)

@@ -1,5 +1,6 @@
 import os
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,20 +11,11 @@ from .tapwise import tapwise, without_autocast
 from .unrolled import unrolled
 
 
-def triton(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    rpb: Tensor,
-    scale: float,
-    dropout_mask: Tensor | None = None,
-) -> Tensor:
-    """See `mmslide.ops.slide_attention` for shapes. Imports its kernels when it is called first."""
+def triton(*arguments: Any) -> Tensor:
+    """Imports its kernels when it is called first."""
     from .triton_kernels import fused
 
-    return fused(q, k, v, weight, bias, rpb, scale, dropout_mask)
+    return fused(*arguments)
 
 
 BACKENDS = {'conv': conv, 'reference': reference, 'tapwise': tapwise, 'triton': triton, 'unrolled': unrolled}
