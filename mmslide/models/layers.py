@@ -1,4 +1,3 @@
-import torch
 import torch.nn.functional as F
 from mmcv.cnn import build_norm_layer
 from mmcv.cnn.bricks import DropPath
@@ -6,9 +5,7 @@ from mmcv.cnn.bricks.transformer import FFN
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
-# Of an MLP's hidden layer at a time, in inference on a CPU. What is larger than the caches costs twice the time: each
-# call gets new memory from the system, a page fault for every 4 KiB.
-MLP_BLOCK_BYTES = 1 << 22
+from mmslide.ops.mlp import mlp_in_blocks, pays_in_blocks
 
 
 class PatchEmbed(BaseModule):
@@ -80,6 +77,7 @@ class Block(BaseModule):
         norm_cfg: dict,
     ) -> None:
         super().__init__()
+        self.drop_rate = drop_rate
         self.norm1 = build_norm_layer(norm_cfg, embed_dims)[1]
         self.attn = mixer
         self.drop_path = DropPath(drop_path_rate)
@@ -94,16 +92,9 @@ class Block(BaseModule):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.drop_path(self.attn(self.norm1(x)))
-        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or x.device.type != 'cpu':
-            return self.mlp(x)
-        pixels = x.reshape(-1, x.shape[-1])
-        out = torch.empty_like(pixels)
-        count = max(1, MLP_BLOCK_BYTES // (self.ffn.feedforward_channels * x.element_size()))
-        for part, result in zip(pixels.split(count), out.split(count), strict=True):
-            result.copy_(self.mlp(part))
-        return out.view(x.shape)
-
-    def mlp(self, x: Tensor) -> Tensor:
+        expand, contract = self.ffn.layers[0][0], self.ffn.layers[1]
+        if not (self.training and self.drop_rate) and pays_in_blocks(x, self.norm2, expand):
+            return self.ffn.dropout_layer(mlp_in_blocks(x, self.norm2, expand, contract)).add_(x)
         return self.ffn(self.norm2(x), identity=x)
 
 

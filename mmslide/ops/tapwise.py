@@ -63,11 +63,10 @@ class _Tapwise(torch.autograd.Function):
         taps = _Taps(q, weight)
         for block in taps.blocks():
             query = q[block].to(weight.dtype)
-            attention = taps.softmax(query, taps.products(query, taps.windows(k, block), 0), bias, rpb, scale)
+            attention = taps.softmax(query, taps.products(query, taps.windows(k, block, 0), 0), bias, rpb, scale)
             if dropout_mask is not None:
                 attention *= slots_first(dropout_mask[block])
-            summed = taps.spread(attention, 0).mul_(taps.windows(v, block)).flatten(-3, -2).sum(-2)
-            out[block] = summed.add_(per_channel(attention, bias))
+            out[block] = taps.total(taps.spread(attention, 0).mul_(taps.windows(v, block, 0)), attention, bias)
         return out
 
     @staticmethod
@@ -96,7 +95,7 @@ def _backward(
     grad_by_slot = torch.zeros_like(taps.by_slot)
     for block in taps.blocks():
         query, grad = q[block].to(weight.dtype), grad_out[block].to(weight.dtype)
-        keys, values = taps.windows(k, block), taps.windows(v, block)
+        keys, values = taps.windows(k, block, 0), taps.windows(v, block, 1)
         key_products, value_products = taps.products(query, keys, 0), taps.products(grad, values, 1)
 
         attention = taps.softmax(query, key_products, bias, rpb, scale)
@@ -116,9 +115,8 @@ def _backward(
         grad_rpb += (query.sum(-1) * grad_logits).sum((1, 2, 3)).t()
 
         spread = taps.spread(grad_logits, 1)
-        bias_and_rpb = (grad_logits * rpb.t()[:, None, None, None]).sum(0).unsqueeze(-1)
-        direct = per_channel(grad_logits, bias) + bias_and_rpb
-        grad_q[block] = torch.mul(spread, keys, out=key_products).flatten(-3, -2).sum(-2).add_(direct)
+        total = taps.total(torch.mul(spread, keys, out=key_products), grad_logits, bias)
+        grad_q[block] = total.add_((grad_logits * rpb.t()[:, None, None, None]).sum(0).unsqueeze(-1))
         taps.scatter(spread.mul_(query[..., None, None, :]), grad_k, block)
         taps.scatter(taps.spread(dropped, 0).mul_(grad[..., None, None, :]), grad_v, block)
     slots, kernel_size = weight.shape[1], weight.shape[-1]
@@ -129,11 +127,6 @@ def _backward(
 def per_slot(x: Tensor, bias: Tensor) -> Tensor:
     """Σ_c x_c · b[c, j]: (images, rows, W, heads, d) to (k², images, rows, W, heads)."""
     return (bias.t() @ x.reshape(-1, x.shape[-1]).t()).view(-1, *x.shape[:-1])
-
-
-def per_channel(a: Tensor, bias: Tensor) -> Tensor:
-    """Σ_j a_j · b[c, j]: (k², images, rows, W, heads) to (images, rows, W, heads, d)."""
-    return (a.flatten(1).t() @ bias.t()).view(*a.shape[1:], -1)
 
 
 def slots_first(x: Tensor) -> Tensor:
@@ -161,8 +154,11 @@ class _Taps:
         budget = CPU_BLOCK_BYTES if q.device.type == 'cpu' else DEVICE_BLOCK_BYTES
         rows = max(1, budget // max(1, row_bytes))
         self.rows = min(self.height, rows)
-        self.buffers: list[Tensor] = []
         self.images = max(1, min(self.batch, rows // max(1, self.height)))
+        # Reused by every block, since new memory costs page faults.
+        self.buffers: list[Tensor] = []
+        self.maps: list[Tensor] = []
+        self.sums = self.by_slot.new_empty(self.images * self.rows * self.width * self.heads, self.head_dims)
 
     def blocks(self) -> Iterator[Block]:
         for image in range(0, self.batch, self.images):
@@ -172,28 +168,35 @@ class _Taps:
                     slice(row, min(row + self.rows, self.height)),
                 )
 
-    def windows(self, x: Tensor, block: Block) -> Tensor:
+    def windows(self, x: Tensor, block: Block, number: int) -> Tensor:
         """The k×k zero-padded neighbours of each pixel, an overlapping view: (images, rows, W, heads, k, k, d)."""
         images, rows = block
-        first, last = max(0, rows.start - self.pad), min(self.height, rows.stop + self.pad)
-        count = rows.stop - rows.start
-        padded = self.padded(images.stop - images.start, count)
-        offset = first - (rows.start - self.pad)
-        padded[:, offset : offset + last - first, self.pad : self.pad + self.width] = x[images, first:last]
+        padded = self.padded(number, images.stop - images.start, rows.stop - rows.start)
+        source, target = self.halo(rows)
+        padded[:, : target.start] = 0
+        padded[:, target, self.pad : self.pad + self.width] = x[images, source]
+        padded[:, target.stop :] = 0
         image, row, column, head, channel = padded.stride()
         return padded.as_strided(
-            (len(padded), count, self.width, self.heads, self.kernel_size, self.kernel_size, self.head_dims),
+            (len(padded), rows.stop - rows.start, *x.shape[2:4], self.kernel_size, self.kernel_size, self.head_dims),
             (image, row, column, head, row, column, channel),
         )
 
-    def padded(self, images: int, rows: int) -> Tensor:
-        """Zeros for a block and its halo: (images, rows + 2 pad, W + 2 pad, heads, d)."""
-        return self.by_slot.new_zeros(
-            images, rows + 2 * self.pad, self.width + 2 * self.pad, self.heads, self.head_dims
-        )
+    def halo(self, rows: slice) -> tuple[slice, slice]:
+        """The rows of the map that a block and its halo cover, and where they stand in what `padded` gives."""
+        first, last = max(0, rows.start - self.pad), min(self.height, rows.stop + self.pad)
+        offset = first - (rows.start - self.pad)
+        return slice(first, last), slice(offset, offset + last - first)
+
+    def padded(self, number: int, images: int, rows: int) -> Tensor:
+        """Memory for a block and its halo, zero left and right: (images, rows + 2 pad, W + 2 pad, heads, d)."""
+        while len(self.maps) <= number:
+            height, width = self.rows + 2 * self.pad, self.width + 2 * self.pad
+            self.maps.append(self.by_slot.new_zeros(self.images, height, width, self.heads, self.head_dims))
+        return self.maps[number][:images, : rows + 2 * self.pad]
 
     def buffer(self, number: int, pixels: int) -> Tensor:
-        """Memory for a block of taps, (pixels · heads, k² · d), reused by every block: new memory costs page faults."""
+        """Memory for a block of taps, (pixels · heads, k² · d)."""
         while len(self.buffers) <= number:
             most = self.images * self.rows * self.width
             self.buffers.append(self.by_slot.new_empty(most * self.heads, self.by_slot.shape[1]))
@@ -214,6 +217,12 @@ class _Taps:
         out = self.buffer(buffer, a.shape[1:4].numel())
         return torch.mm(a.flatten(1).t(), self.by_slot, out=out).view(shape)
 
+    def total(self, products: Tensor, a: Tensor, bias: Tensor) -> Tensor:
+        """Σ_t products[t, c] + Σ_j a_j · b[c, j]: (images, rows, W, heads, d)."""
+        out = self.sums[: products.shape[:3].numel() * self.heads]
+        torch.sum(products.view(len(out), -1, self.head_dims), dim=1, out=out)
+        return out.addmm_(a.flatten(1).t(), bias.t()).view(*products.shape[:4], -1)
+
     def softmax(self, query: Tensor, products: Tensor, bias: Tensor, rpb: Tensor, scale: float) -> Tensor:
         """The attention weights from q_c(p) · k_c(p + t): (k², images, rows, W, heads)."""
         logits = self.gather(products).add_(per_slot(query, bias)).add_(query.sum(-1) * rpb.t()[:, None, None, None])
@@ -223,10 +232,9 @@ class _Taps:
         """Adds what each pixel gives to its k×k neighbours, a block of taps, to grad (B, H, W, heads, d)."""
         images, rows = block
         count = rows.stop - rows.start
-        padded = self.padded(images.stop - images.start, count)
+        padded = self.padded(2, images.stop - images.start, count).zero_()
         for i in range(self.kernel_size):
             for j in range(self.kernel_size):
                 padded[:, i : i + count, j : j + self.width] += contributions[..., i, j, :]
-        first, last = max(0, rows.start - self.pad), min(self.height, rows.stop + self.pad)
-        offset = first - (rows.start - self.pad)
-        grad[images, first:last] += padded[:, offset : offset + last - first, self.pad : self.pad + self.width]
+        target, source = self.halo(rows)
+        grad[images, target] += padded[:, source, self.pad : self.pad + self.width]

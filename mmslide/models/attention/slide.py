@@ -2,6 +2,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
@@ -65,7 +66,10 @@ class SlideAttention(BaseModule):
 
     def forward(self, x: Tensor) -> Tensor:
         batch, height, width, channels = x.shape
-        q, k, v = self.qkv(x).view(batch, height, width, 3, self.num_heads, -1).unbind(3)
+        # Three products: the gradient of one whose result is cut up is put together again by a copy.
+        matrices = self.qkv.weight.unflatten(0, (3, -1))
+        biases = [None] * 3 if self.qkv.bias is None else self.qkv.bias.unflatten(0, (3, -1))
+        q, k, v = (F.linear(x, matrices[i], biases[i]).view(batch, height, width, self.num_heads, -1) for i in range(3))
         weight, bias = self.kernels()
         out = slide_attention(
             q,

@@ -1,0 +1,94 @@
+import pytest
+import torch
+from helpers import randomize, relative_error
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from mmslide.models import SlidePVT
+from mmslide.ops import mlp
+from mmslide.ops.mlp import mlp_in_blocks, pays_in_blocks
+
+ARCH = dict(embed_dims=(16, 24), depths=(2, 1), num_heads=(1, 2), mlp_ratios=4, sr_ratios=(2, 1))
+
+
+def layers(dtype=torch.float64):
+    return randomize(nn.Sequential(nn.LayerNorm(12, eps=1e-3), nn.Linear(12, 40), nn.GELU(), nn.Linear(40, 12))).to(
+        dtype
+    )
+
+
+def in_blocks(module, x):
+    norm, expand, _, contract = module
+    return mlp_in_blocks(x, norm, expand, contract)
+
+
+def output_and_gradients(forward, module, x, grad):
+    x = x.detach().requires_grad_()
+    out = forward(x)
+    return [out, *torch.autograd.grad(out, [x, *module.parameters()], grad)]
+
+
+@pytest.mark.parametrize(
+    ('dtype', 'tolerance'), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 3e-2)]
+)
+@pytest.mark.parametrize('pixels', [1, 7, 70, 1000], ids=['single', 'uneven', 'an image', 'all'])
+def test_output_and_gradients_agree_with_the_layers(monkeypatch, dtype, tolerance, pixels):
+    monkeypatch.setattr(mlp, 'BLOCK_BYTES', pixels * 40 * dtype.itemsize)
+    module = layers(dtype)
+    x = torch.randn(3, 12, 10, 7, dtype=dtype).permute(0, 2, 3, 1)  # in memory as a convolution leaves it
+    grad = torch.randn(3, 7, 12, 10, dtype=dtype).permute(0, 3, 1, 2)
+    reference = layers().requires_grad_()
+    reference.load_state_dict(module.state_dict())
+    wanted = output_and_gradients(reference, reference, x.double(), grad.double())
+    for value, expected in zip(
+        output_and_gradients(lambda x: in_blocks(module, x), module, x, grad), wanted, strict=True
+    ):
+        assert relative_error(value, expected) < tolerance
+
+
+def test_only_the_input_and_parameters_are_kept():
+    module, x = layers(), torch.randn(50, 12, dtype=torch.float64, requires_grad=True)
+    kept = []
+    with saved_tensors_hooks(lambda tensor: kept.append(tensor.data_ptr()), lambda _: None):
+        in_blocks(module, x)
+    assert set(kept) <= {x.data_ptr(), *(parameter.data_ptr() for parameter in module.parameters())}
+
+
+@pytest.mark.parametrize('training', [False, True])
+def test_a_backbone_in_blocks_is_the_backbone(monkeypatch, training):
+    model = randomize(SlidePVT(ARCH, drop_path_rate=0.5, out_indices=(0, 1))).train(training)
+    image = torch.randn(4, 3, 32, 45)
+    calls = []
+
+    def step(recomputed_bytes):
+        monkeypatch.setattr(mlp, 'RECOMPUTED_BYTES', recomputed_bytes)
+        torch.manual_seed(0)
+        outs = model(image)
+        return [*outs, *torch.autograd.grad(sum(out.square().sum() for out in outs), list(model.parameters()))]
+
+    monkeypatch.setattr(mlp, 'BLOCK_BYTES', 1000)
+    monkeypatch.setattr('mmslide.models.layers.mlp_in_blocks', lambda *args: calls.append(1) or mlp_in_blocks(*args))
+    whole = step(1 << 40)
+    assert not calls
+    for value, wanted in zip(step(0), whole, strict=True):
+        assert relative_error(value, wanted) < 1e-5
+    assert len(calls) == 3
+    with torch.no_grad():  # always in blocks
+        torch.manual_seed(0)
+        for value, wanted in zip(model(image), whole, strict=False):
+            assert relative_error(value, wanted) < 1e-5
+    assert len(calls) == 6
+
+
+def test_blocks_are_left_alone_where_they_do_not_apply(monkeypatch):
+    monkeypatch.setattr(mlp, 'RECOMPUTED_BYTES', 0)
+    x = torch.randn(5, 12)
+    norm, expand, _, _ = layers(torch.float32)
+    assert pays_in_blocks(x, norm, expand)
+    assert not pays_in_blocks(x.to('meta'), norm, expand)
+    assert not pays_in_blocks(x.double(), norm, expand)
+    assert not pays_in_blocks(x, nn.BatchNorm1d(12), expand)
+    with torch.autocast('cpu'):
+        assert not pays_in_blocks(x, norm, expand)
+    monkeypatch.setattr('mmslide.models.layers.mlp_in_blocks', None)  # a dropout inside the MLP
+    SlidePVT(ARCH, drop_rate=0.1, out_indices=(1,)).train()(torch.randn(1, 3, 32, 32))
