@@ -1,6 +1,7 @@
 import json
 import runpy
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,17 @@ import torch
 from helpers import relative_error
 from mmengine.logging import MMLogger
 
-from mmslide.benchmark import BACKBONES, Machine, Side, backbone_pair, compare, measure_machine, model_pair, op_pair
+from mmslide.benchmark import (
+    BACKBONES,
+    Machine,
+    Side,
+    backbone_pair,
+    compare,
+    compare_exported,
+    measure_machine,
+    model_pair,
+    op_pair,
+)
 from mmslide.benchmark.baselines import im2col
 from mmslide.benchmark.pairs import SMALL_SHAPE
 from mmslide.ops import slide_attention
@@ -72,6 +83,18 @@ def test_memory():
     assert measured.peak_bytes == pytest.approx(2 * x.nbytes, rel=1e-4)
     measured, _ = compare(*[side('a', lambda x: x.exp().sin(), x)] * 2, training=True, tolerance=None, seconds=0.0)
     assert measured.saved_bytes == x.nbytes  # the exponential, once
+
+
+def test_nothing_measured_stays_alive():
+    x, outs = torch.zeros(10, requires_grad=True), []
+
+    def forward(x):
+        outs.append(weakref.ref(out := x.exp()))
+        return out
+
+    compare(*[side('a', forward, x)] * 2, training=True, tolerance=None, seconds=0.0)
+    assert outs
+    assert not [out for out in outs if out() is not None]
 
 
 def test_floor():
@@ -139,3 +162,32 @@ def test_plot(command, monkeypatch, capsys, tmp_path):
     runner['main']()
     assert (tmp_path / 'cost.png').stat().st_size > 10_000
     assert '0.001 to 0.004 Mpixels: time ×' in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_flex_attention_is_the_op_with_nothing_learned():
+    pair = op_pair(9, 11, 32, 2, kernel_size=3, baseline='flex')
+    with torch.no_grad():  # on a CPU it has no backward
+        ours, theirs = pair.ours.forward(), pair.baseline.forward()
+    assert relative_error(theirs[0], ours[0]) < 1e-5
+    assert len(pair.ours.parameters) == 4  # whose gradients training computes all the same
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('mlp_ratio', [0, 2])
+def test_exported_layers_agree_and_are_measured(mlp_ratio, monkeypatch):
+    fused, two_path = compare_exported(9, 13, 16, 2, 3, mlp_ratio, seconds=0.0)
+    assert fused.seconds > 0
+    assert two_path.seconds > 0
+    monkeypatch.setattr('mmslide.benchmark.baselines.two_path', lambda q, *_: q)
+    with pytest.raises(RuntimeError, match='fused and two-path disagree'):
+        compare_exported(9, 13, 16, 2, 3, mlp_ratio, seconds=0.0)
+
+
+@pytest.mark.slow
+def test_exported_layers_through_the_tool(tmp_path, monkeypatch, capsys):
+    tool(monkeypatch, 'onnx', '--maps', '8x8x16x2', '--seconds', 0, '--json', tmp_path / 'figures.json')
+    assert 'in onnxruntime, float32, 2 CPU threads' in capsys.readouterr().out
+    (record,) = json.loads((tmp_path / 'figures.json').read_text())
+    assert record['name'] == '8x8x16x2'
+    assert record['fused_ms'] > 0

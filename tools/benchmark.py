@@ -1,4 +1,4 @@
-"""Measures time and memory of the op, of backbones or of whole models beside another implementation."""
+"""Measures the op, backbones, whole models or an exported layer beside another implementation: time and memory."""
 
 import argparse
 import json
@@ -11,7 +11,7 @@ import torch
 from mmengine.config import Config
 from mmengine.logging import MMLogger
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from mmslide.benchmark import (
     BACKBONES,
@@ -21,6 +21,7 @@ from mmslide.benchmark import (
     Pair,
     backbone_pair,
     compare,
+    compare_exported,
     measure_cost,
     measure_machine,
     model_pair,
@@ -40,36 +41,44 @@ def main() -> None:
     console = Console(width=max(150, Console().width))
     if args.threads:
         torch.set_num_threads(args.threads)
-    settings = dict(batch=args.batch, dtype=getattr(torch, args.dtype), device=args.device, training=args.training)
-    where = torch.cuda.get_device_name(args.device) if args.device.startswith('cuda') else f'{args.threads} CPU threads'
-    what = f'{"forward and backward" if args.training else "inference"}, batch {args.batch}, {args.dtype}, {where}'
-    run = run_cost if args.plot else run_pairs
-    records = run(args, settings, what, console)
+    records = run_exported(args, console) if args.command == 'onnx' else run_in_torch(args, console)
     if args.json:
         args.json.write_text(json.dumps(records, indent=1) + '\n')
 
 
+def run_in_torch(args: argparse.Namespace, console: Console) -> list[dict]:
+    settings = dict(batch=args.batch, dtype=getattr(torch, args.dtype), device=args.device, training=args.training)
+    where = torch.cuda.get_device_name(args.device) if args.device.startswith('cuda') else f'{args.threads} CPU threads'
+    what = f'{"forward and backward" if args.training else "inference"}, batch {args.batch}, {args.dtype}, {where}'
+    run = run_cost if args.plot else run_pairs
+    return run(args, settings, what, console)
+
+
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    common = argparse.ArgumentParser(add_help=False)
+    measuring = argparse.ArgumentParser(add_help=False)
+    measuring.add_argument('--threads', type=int, default=2, help='of the CPU')
+    measuring.add_argument('--seconds', type=float, default=4.0, help='how long each pair is measured at least')
+    measuring.add_argument('--json', type=Path, metavar='FILE', help='write the figures there too')
+    common = argparse.ArgumentParser(add_help=False, parents=[measuring])
     common.add_argument('--training', action='store_true', help='forward and backward instead of inference')
     common.add_argument('--batch', type=int, default=1, help='images a step')
     common.add_argument('--dtype', choices=['float32', 'float16', 'bfloat16'], default='float32')
     common.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
-    common.add_argument('--threads', type=int, default=2, help='of the CPU')
-    common.add_argument('--seconds', type=float, default=4.0, help='how long each pair is measured at least')
-    common.add_argument('--json', type=Path, metavar='FILE', help='write the figures there too')
     plot = argparse.ArgumentParser(add_help=False)
     plot.add_argument('--plot', type=Path, metavar='FILE', help='measure at growing sizes instead, and draw the cost')
     plot.add_argument('--backend', help='of Slide Attention in ours, as of mmslide.ops.slide_attention; its own choice')
 
     commands = parser.add_subparsers(dest='command', required=True)
-    op = commands.add_parser('op', parents=[common, plot], help='Slide Attention alone')
-    op.add_argument('--maps', nargs='+', default=MAPS, metavar='HxWxCxHEADS', help='default: %(default)s')
-    op.add_argument('--kernel-size', type=int, default=3)
+    maps = argparse.ArgumentParser(add_help=False)
+    maps.add_argument('--maps', nargs='+', default=MAPS, metavar='HxWxCxHEADS', help='default: %(default)s')
+    maps.add_argument('--kernel-size', type=int, default=3)
+    op = commands.add_parser('op', parents=[common, plot, maps], help='Slide Attention alone')
     op.add_argument('--baseline', default='two-path', help='two-path, im2col or a backend; default: %(default)s')
     backbone = commands.add_parser('backbone', parents=[common, plot], help="beside mmdet's and mmseg's")
     backbone.add_argument('names', nargs='*', choices=[[], *BACKBONES], help='default: all')
+    onnx = commands.add_parser('onnx', parents=[measuring, maps], help='fused beside two-path, in onnxruntime')
+    onnx.add_argument('--mlp-ratio', type=float, default=0, help='of a transformer block; default: attention alone')
     model = commands.add_parser('model', parents=[common], help='two configs')
     model.add_argument('config')
     model.add_argument('baseline', help='config of the other side')
@@ -144,6 +153,21 @@ def row(pair: Pair, ours: Measurement, baseline: Measurement, machine: Machine, 
     for our_bytes, their_bytes in memory:
         cells += [f'{our_bytes / 1e6:.1f}', f'{their_bytes / 1e6:.1f}', f'{their_bytes / our_bytes:.2f}']
     return cells
+
+
+def run_exported(args: argparse.Namespace, console: Console) -> list[dict]:
+    block = f'with norms and an MLP of ratio {args.mlp_ratio:g}' if args.mlp_ratio else 'alone'
+    console.print(f'Slide Attention with its projections {block}, in onnxruntime, float32, {args.threads} CPU threads')
+    table = Table('', *(Column(name, justify='right') for name in ('fused ms', 'two-path ms', 'ratio')))
+    records = []
+    for text in args.maps:
+        sizes = [int(x) for x in text.split('x')]
+        sides = compare_exported(*sizes, args.kernel_size, args.mlp_ratio, args.seconds)
+        ours, baseline = (1e3 * side.seconds for side in sides)
+        table.add_row(text, f'{ours:.1f}', f'{baseline:.1f}', f'{baseline / ours:.2f}')
+        records.append(dict(name=text, mlp_ratio=args.mlp_ratio, fused_ms=ours, two_path_ms=baseline))
+    console.print(table)
+    return records
 
 
 def run_cost(args: argparse.Namespace, settings: dict, what: str, console: Console) -> list[dict]:

@@ -1,4 +1,5 @@
 from .cost import Cost, measure_cost, plot_cost
+from .exported import compare_exported
 from .measure import Machine, Measurement, Side, compare, measure_machine
 from .pairs import BACKBONES, Pair, backbone_pair, model_pair, op_pair
 
@@ -11,6 +12,7 @@ __all__ = [
     'Side',
     'backbone_pair',
     'compare',
+    'compare_exported',
     'measure_cost',
     'measure_machine',
     'model_pair',

@@ -1,8 +1,14 @@
 """Slide Attention as others compute it: what `tools/benchmark.py` measures against and the tests compare with."""
 
+from collections.abc import Callable
+from functools import lru_cache
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+from mmslide.models.attention import SlideAttention
 from mmslide.ops.conv import depthwise
 
 
@@ -26,6 +32,14 @@ def two_path(
     return _attend(q, shifted(k), shifted(v), rpb)
 
 
+class TwoPathAttention(SlideAttention):
+    """The module with `two_path` inside."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        learned = self.shift_bias, self.deform_weight, self.deform_bias, self.relative_position_bias
+        return two_path(q, k, v, self.shift, *learned)
+
+
 def im2col(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, bias: Tensor, rpb: Tensor) -> Tensor:
     """As local attention without special kernels is usually written: unfold every neighbourhood, then deform it.
 
@@ -43,6 +57,38 @@ def im2col(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, bias: Tensor, rpb: T
         return slots.unflatten(-1, (height, width))
 
     return _attend(q, shifted(k), shifted(v), rpb)
+
+
+def flex(kernel_size: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """PyTorch's FlexAttention among the same k×k neighbours, compiled: nothing deformed, no biases.
+
+    Pixels outside the map are keys of zeros, as for Slide Attention.
+    """
+    height, width = q.shape[1:3]
+    pad = kernel_size // 2
+    queries, keys, values = (
+        F.pad(x, (0, 0, 0, 0, side, side, side, side)).flatten(1, 2).transpose(1, 2)
+        for x, side in ((q, 0), (k, pad), (v, pad))
+    )
+    mask = _neighbours(height, width, kernel_size, q.device)
+    return _compiled_flex()(queries, keys, values, block_mask=mask).transpose(1, 2).unflatten(1, (height, width))
+
+
+@lru_cache
+def _compiled_flex() -> Callable[..., Tensor]:
+    return torch.compile(flex_attention)
+
+
+@lru_cache
+def _neighbours(height: int, width: int, kernel_size: int, device: torch.device) -> BlockMask:
+    padded_width = width + kernel_size - 1
+
+    def near(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        row, column = key // padded_width - query // width, key % padded_width - query % width
+        return (row >= 0) & (row < kernel_size) & (column >= 0) & (column < kernel_size)
+
+    size = height * width, (height + kernel_size - 1) * padded_width
+    return create_block_mask(near, None, None, *size, device=device, _compile=True)
 
 
 def _attend(q: Tensor, keys: Tensor, values: Tensor, rpb: Tensor) -> Tensor:

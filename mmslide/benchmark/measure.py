@@ -160,7 +160,7 @@ def _saved_bytes(side: Side) -> int:
     def pack(x: Tensor) -> Tensor:
         storage = x.untyped_storage()
         storages[storage.data_ptr()] = storage.nbytes()
-        return x
+        return x.detach()  # x itself may be the output of the node that keeps it: a cycle that nothing frees
 
     with saved_tensors_hooks(pack, lambda x: x):
         outs = side.forward()  # kept until the end, so that no address is used twice

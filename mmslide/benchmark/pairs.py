@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -22,7 +23,7 @@ from mmslide.models.attention import SlideAttention
 from mmslide.ops import fixed_shift, merge_paths, slide_attention
 from mmslide.weights import load_pretrained
 
-from .baselines import im2col, two_path
+from .baselines import flex, im2col, two_path
 from .measure import Side, check
 
 # One rounding of the result and of what it is made of.
@@ -74,7 +75,8 @@ def op_pair(
 
     Args:
         backend: of `mmslide.ops.slide_attention`.
-        baseline: 'two-path' (how the paper trains), 'im2col', or a backend: 'conv' is how the paper infers.
+        baseline: 'two-path' (how the paper trains), 'im2col', 'flex' (FlexAttention in the same window, for which
+            all that is learned is zero), or a backend: 'conv' is how the paper infers.
     """
     head_dims, slots = embed_dims // num_heads, kernel_size**2
     generator = torch.Generator().manual_seed(0)
@@ -82,15 +84,16 @@ def op_pair(
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(device)
 
+    strength = 0.0 if baseline == 'flex' else 0.1
     qkv = draw(batch, height, width, 3, num_heads, head_dims).to(dtype).requires_grad_()
     shift = fixed_shift(kernel_size).to(device)
     deform, shift_bias, deform_bias, rpb = (
         x.requires_grad_()
         for x in (
-            draw(head_dims, slots, kernel_size, kernel_size) / kernel_size,
-            0.1 * draw(head_dims, slots),
-            0.1 * draw(head_dims, slots),
-            0.1 * draw(num_heads, slots),
+            10 * strength * draw(head_dims, slots, kernel_size, kernel_size) / kernel_size,
+            strength * draw(head_dims, slots),
+            strength * draw(head_dims, slots),
+            strength * draw(num_heads, slots),
         )
     )
 
@@ -108,12 +111,22 @@ def op_pair(
         theirs: Callable[[], list[Tensor]] = both_paths
     elif baseline == 'im2col':
         theirs = unfolded
+    elif baseline == 'flex':
+        theirs = lambda: [flex(kernel_size, *qkv.unbind(3))]  # noqa: E731
     else:
         theirs = partial(merged, partial(slide_attention, backend=baseline))
-    inputs = dict(qkv=qkv, deform=deform, shift_bias=shift_bias, deform_bias=deform_bias, rpb=rpb)
+    inputs = dict(qkv=qkv)
+    learned = dict(deform=deform, shift_bias=shift_bias, deform_bias=deform_bias, rpb=rpb)
+    if baseline != 'flex':
+        inputs, learned = inputs | learned, {}
     return Pair(
         name=f'{height}×{width}×{embed_dims}, {num_heads} heads, k={kernel_size}',
-        ours=Side(backend or 'ours', partial(merged, partial(slide_attention, backend=backend)), inputs),
+        ours=Side(
+            backend or 'ours',
+            partial(merged, partial(slide_attention, backend=backend)),
+            inputs,
+            list(learned.values()),
+        ),
         baseline=Side(baseline, theirs, inputs),
         tolerance=TOLERANCE[dtype],
         # Forward reads q, k, v and writes the output; backward reads them and a gradient and writes three.
@@ -138,6 +151,9 @@ class Backbones:
     host: Callable[..., nn.Module] | None
 
     def build_baseline(self) -> nn.Module:
+        if self.framework == 'timm':
+            # Its maps at all stages, under the names that its weights are published with.
+            return import_module('timm').create_model(self.baseline, features_only=True, **self.baseline_kwargs)
         module = import_module(f'{self.framework}.models.backbones')
         return getattr(module, self.baseline)(**self.baseline_kwargs)
 
@@ -172,6 +188,13 @@ BACKBONES = {
     'twins-pcpvt-s': Backbones(_PCPVT, 'mmseg', 'PCPVT', _PCPVT_SMALL, _PCPVT),
     'twins-svt-s': Backbones(_SVT, 'mmseg', 'SVT', _SVT_SMALL, _SVT),
 }
+if find_spec('timm'):
+    _TIMM_PCPVT = partial(TwinsPCPVT, 'small')
+    _TIMM_SVT = partial(TwinsSVT, 'small', norm_after_stage=False, mask_padding=False)
+    BACKBONES |= {
+        'twins-pcpvt-s/timm': Backbones(_TIMM_PCPVT, 'timm', 'twins_pcpvt_small', {}, _TIMM_PCPVT),
+        'twins-svt-s/timm': Backbones(_TIMM_SVT, 'timm', 'twins_svt_small', {}, _TIMM_SVT),
+    }
 
 
 def backbone_pair(
@@ -268,7 +291,7 @@ def _prepare(model: nn.Module, dtype: torch.dtype, device: str | torch.device, t
 def _copy_weights(baseline: nn.Module, host: nn.Module) -> None:
     with TemporaryDirectory() as folder:
         file = Path(folder) / 'baseline.pth'
-        torch.save(baseline.state_dict(), file)
+        torch.save(getattr(baseline, 'model', baseline).state_dict(), file)  # timm wraps what gives maps
         load_pretrained(host, str(file))
 
 

@@ -70,18 +70,14 @@ class SlideAttention(BaseModule):
         matrices = self.qkv.weight.unflatten(0, (3, -1))
         biases = [None] * 3 if self.qkv.bias is None else self.qkv.bias.unflatten(0, (3, -1))
         q, k, v = (F.linear(x, matrices[i], biases[i]).view(batch, height, width, self.num_heads, -1) for i in range(3))
-        weight, bias = self.kernels()
-        out = slide_attention(
-            q,
-            k,
-            v,
-            weight,
-            bias,
-            self.relative_position_bias.to(weight.dtype),
-            dropout_p=self.attn_drop_rate if self.training else 0.0,
-            backend=self.backend,
-        )
+        out = self.attend(q, k, v)
         return self.proj_drop(self.proj(out.reshape(batch, height, width, channels)))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        weight, bias = self.kernels()
+        rpb = self.relative_position_bias.to(weight.dtype)
+        dropout_p = self.attn_drop_rate if self.training else 0.0
+        return slide_attention(q, k, v, weight, bias, rpb, dropout_p=dropout_p, backend=self.backend)
 
     def kernels(self) -> tuple[Tensor, Tensor]:
         """The merged kernels (d, k², k, k) and their bias (d, k²), float32 at least."""
