@@ -266,7 +266,7 @@ def test_dynamic_is_refused(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('kind', ['mask-rcnn', 'retinanet'])
+@pytest.mark.parametrize('kind', ['mask-rcnn', 'cascade', 'retinanet'])
 def test_tools_from_a_checkpoint_to_a_picture(kind, tmp_path):
     """From file to file: run_onnx prints and draws what mmdet finds."""
     config_file, checkpoint = saved(kind, tmp_path)

@@ -90,5 +90,8 @@ def test_blocks_are_left_alone_where_they_do_not_apply(monkeypatch):
     assert not pays_in_blocks(x, nn.BatchNorm1d(12), expand)
     with torch.autocast('cpu'):
         assert not pays_in_blocks(x, norm, expand)
+    traced = []
+    torch.jit.trace(lambda x: traced.append(pays_in_blocks(x, norm, expand)) or x, x, check_trace=False)
+    assert traced == [False]
     monkeypatch.setattr('mmslide.models.layers.mlp_in_blocks', None)  # a dropout inside the MLP
     SlidePVT(ARCH, drop_rate=0.1, out_indices=(1,)).train()(torch.randn(1, 3, 32, 32))

@@ -116,15 +116,16 @@ def test_backbones(backbone, dynamic, save, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('head', SEGMENTORS)
-def test_segmentors(head, save, tmp_path):
+@pytest.mark.parametrize('dynamic', [False, True], ids=['fixed', 'dynamic'])
+def test_segmentors(head, dynamic, save, tmp_path):
     """Against what mmseg predicts."""
     config, checkpoint, model = save('TwinsPCPVT', head)
     out = str(tmp_path / 'model.onnx')
-    onnx.export_onnx(config, checkpoint, out, 'model', (70, 99), dynamic=True)
+    onnx.export_onnx(config, checkpoint, out, 'model', (70, 99), dynamic)
     reference = unfused(model)
     for engine in ENGINES:
         run = engine(out)
-        for size in [(70, 99), *SIZES]:
+        for size in [(70, 99), *(SIZES if dynamic else [])]:
             image = torch.randn(1, 3, *size)
             with torch.no_grad():
                 (wanted,) = reference.predict(image.double())
@@ -149,6 +150,30 @@ def assert_draws(exported, folder):
     # Every pixel is the mean of itself and a colour of its class.
     colours = 2 * drawn.astype(int) - picture
     assert len(np.unique(colours.reshape(-1, 3) // 4, axis=0)) < 8 * len(counts)
+
+
+@pytest.mark.slow
+def test_what_cannot_be_drawn_is_named(save, tmp_path):
+    config, checkpoint, _ = save()
+    whole, backbone, foreign = (str(tmp_path / f'{name}.onnx') for name in ('whole', 'backbone', 'foreign'))
+    for name, out in (('model', whole), ('backbone', backbone)):
+        onnx.export_onnx(config, checkpoint, out, name, (64, 64))
+    torch.onnx.export(nn.Identity(), (torch.zeros(1),), dynamo=True, verbose=False).save(foreign)
+    good, out = tmp_path / 'in.png', tmp_path / 'out.png'
+    cv2.imwrite(str(good), np.zeros((64, 64, 3), np.uint8))
+    for arguments, message in [
+        ((tmp_path / 'none.onnx', good, out), 'error: there is no file '),
+        ((foreign, good, out), 'was not written by tools/export_onnx.py'),
+        ((backbone, good, out), 'holds the backbone alone'),
+        ((whole, config, out), 'config.py is not a readable picture'),
+        ((whole, good, tmp_path / 'no' / 'folder.png'), 'cannot write a picture to '),
+        ((whole, good, tmp_path / 'out.what'), 'cannot write a picture to '),
+    ]:
+        status, text = tool('run_onnx', *arguments, check=False)
+        assert status == 1
+        assert message in text
+        assert 'Traceback' not in text
+    assert not out.exists()
 
 
 def test_the_graph_is_fused_and_small():

@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -64,8 +65,13 @@ def main() -> None:
     parser.add_argument('--score-thr', type=float, default=0.3, help='of detections (default: %(default)s)')
     args = parser.parse_args()
 
+    if not Path(args.model).is_file():
+        sys.exit(f'error: there is no file {args.model}')
     session = onnxruntime.InferenceSession(args.model, providers=['CPUExecutionProvider'])
-    meta = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
+    properties = session.get_modelmeta().custom_metadata_map
+    if 'part' not in properties:
+        sys.exit(f'error: {args.model} was not written by tools/export_onnx.py: it does not say how to prepare images')
+    meta = {key: json.loads(value) for key, value in properties.items()}
     if meta['part'] != 'model':
         sys.exit(f'error: {args.model} holds the {meta["part"]} alone, which finds nothing by itself')
     picture = cv2.imread(args.picture)
@@ -80,7 +86,12 @@ def main() -> None:
         draw_detections(picture, found, size, names, args.score_thr)
     else:
         draw_labels(picture, found['labels'], size, names)
-    cv2.imwrite(args.out, picture)
+    try:
+        written = cv2.imwrite(args.out, picture)
+    except cv2.error:  # no format is known by this name
+        written = False
+    if not written:
+        sys.exit(f'error: cannot write a picture to {args.out}')
 
 
 if __name__ == '__main__':

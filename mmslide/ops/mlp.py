@@ -19,6 +19,7 @@ def pays_in_blocks(x: Tensor, norm: nn.Module, expand: nn.Linear) -> bool:
     return (
         x.device.type == 'cpu'
         and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
         and not torch.is_autocast_enabled('cpu')
         and isinstance(norm, nn.LayerNorm)
         and x.dtype == norm.weight.dtype == expand.weight.dtype
