@@ -158,7 +158,7 @@ def test_what_cannot_be_drawn_is_named(save, tmp_path):
     whole, backbone, foreign = (str(tmp_path / f'{name}.onnx') for name in ('whole', 'backbone', 'foreign'))
     for name, out in (('model', whole), ('backbone', backbone)):
         onnx.export_onnx(config, checkpoint, out, name, (64, 64))
-    torch.onnx.export(nn.Identity(), (torch.zeros(1),), dynamo=True, verbose=False).save(foreign)
+    torch.onnx.export(nn.Identity().eval(), (torch.zeros(1),), dynamo=True, verbose=False).save(foreign)
     good, out = tmp_path / 'in.png', tmp_path / 'out.png'
     cv2.imwrite(str(good), np.zeros((64, 64, 3), np.uint8))
     for arguments, message in [
