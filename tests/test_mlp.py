@@ -88,6 +88,8 @@ def test_blocks_are_left_alone_where_they_do_not_apply(monkeypatch):
     assert not pays_in_blocks(x.to('meta'), norm, expand)
     assert not pays_in_blocks(x.double(), norm, expand)
     assert not pays_in_blocks(x, nn.BatchNorm1d(12), expand)
+    assert not pays_in_blocks(x, nn.LayerNorm(12, elementwise_affine=False), expand)
+    assert not pays_in_blocks(x, nn.LayerNorm(12, bias=False), expand)
     with torch.autocast('cpu'):
         assert not pays_in_blocks(x, norm, expand)
     traced = []

@@ -84,16 +84,16 @@ def op_pair(
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(device)
 
-    strength = 0.0 if baseline == 'flex' else 0.1
+    strength = 0.0 if baseline == 'flex' else 1.0
     qkv = draw(batch, height, width, 3, num_heads, head_dims).to(dtype).requires_grad_()
     shift = fixed_shift(kernel_size).to(device)
     deform, shift_bias, deform_bias, rpb = (
         x.requires_grad_()
         for x in (
-            10 * strength * draw(head_dims, slots, kernel_size, kernel_size) / kernel_size,
-            strength * draw(head_dims, slots),
-            strength * draw(head_dims, slots),
-            strength * draw(num_heads, slots),
+            strength * draw(head_dims, slots, kernel_size, kernel_size) / kernel_size,
+            0.1 * strength * draw(head_dims, slots),
+            0.1 * strength * draw(head_dims, slots),
+            0.1 * strength * draw(num_heads, slots),
         )
     )
 

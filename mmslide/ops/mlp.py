@@ -22,6 +22,7 @@ def pays_in_blocks(x: Tensor, norm: nn.Module, expand: nn.Linear) -> bool:
         and not torch.jit.is_tracing()
         and not torch.is_autocast_enabled('cpu')
         and isinstance(norm, nn.LayerNorm)
+        and norm.bias is not None  # without one it may have no weight either
         and x.dtype == norm.weight.dtype == expand.weight.dtype
         and (hidden_bytes > RECOMPUTED_BYTES or not torch.is_grad_enabled())
     )
