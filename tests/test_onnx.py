@@ -152,6 +152,16 @@ def assert_draws(exported, folder):
     assert len(np.unique(colours.reshape(-1, 3) // 4, axis=0)) < 8 * len(counts)
 
 
+def test_every_output_has_to_agree():
+    agreement, ones = onnx.Exportable().agreement, torch.ones(2)
+    assert agreement([ones, ones], [ones, ones + 1e-6])[0]
+    for wrong in (ones + 1e-3, torch.tensor([1.0, torch.nan]), torch.ones(3)):
+        assert not agreement([ones, wrong], [ones, ones])[0]
+        assert not agreement([wrong, ones], [ones, ones])[0]
+    with pytest.raises(ValueError, match='longer'):
+        agreement([ones], [ones, ones])
+
+
 @pytest.mark.slow
 def test_what_cannot_be_drawn_is_named(save, tmp_path):
     config, checkpoint, _ = save()
