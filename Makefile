@@ -17,7 +17,7 @@ help:
 setup: $(READY)
 
 # The folders: mim finds a new config or tool in an editable install only after it was installed again.
-$(READY): requirements.txt tools/setup_env.sh setup.py pyproject.toml tools $(wildcard configs/*)
+$(READY): requirements.txt tools/setup_env.sh setup.py pyproject.toml mmslide/ops/native.cpp tools $(wildcard configs/*)
 	@bash tools/setup_env.sh $(VENV)
 	@touch $(READY)
 

@@ -4,10 +4,11 @@ openmim looks for configs, tools and model-index.yml in site-packages/mmslide/.m
 editable install ships one-line files that lead to the checkout, so that an edited config or tool is the one that runs.
 """
 
+import platform
 import shutil
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_py import build_py
 from setuptools.command.editable_wheel import editable_wheel
 
@@ -46,7 +47,21 @@ def write(path: Path, text: str) -> None:
     path.write_text(text)
 
 
+# Without a compiler that can build it everything works, with the slower backend 'tapwise' in its place.
+native = Extension(
+    'mmslide.ops._native',
+    ['mmslide/ops/native.cpp'],
+    language='c++',
+    extra_compile_args=[
+        *('-O3', '-std=c++17', '-fopenmp'),
+        *(('-mavx2', '-mfma') if platform.machine() in ('x86_64', 'AMD64') else ()),
+    ],
+    extra_link_args=['-fopenmp'],
+    optional=True,
+)
+
 setup(
+    ext_modules=[native],
     packages=find_packages(include=['mmslide', 'mmslide.*']),
     # Makes an editable install a plain path entry, beside which site-packages/mmslide/.mim is no second package.
     package_dir={'': '.'},

@@ -118,7 +118,7 @@ def test_backbones(name, training):
 @pytest.mark.slow
 def test_a_wrong_backend_is_noticed(monkeypatch):
     wrong = lambda *args: 1.01 * slide_attention(*args[:6], backend='conv')  # noqa: E731
-    monkeypatch.setitem(sys.modules['mmslide.ops.slide_attention'].BACKENDS, 'tapwise', wrong)
+    monkeypatch.setitem(sys.modules['mmslide.ops.slide_attention'].BACKENDS, 'native', wrong)
     with pytest.raises(RuntimeError, match='slide-swin-t and the reference disagree'):
         backbone_pair('slide-swin-t', 64, 96)
 

@@ -1,5 +1,6 @@
 """A wheel and an editable install, each in a fresh environment that shares the heavy packages, used through mim."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -11,13 +12,19 @@ import pytest
 
 REPOSITORY = Path(__file__).parent.parent
 CONFIG = 'mask-rcnn_slide-pvt-mini_fpn_mini-coco.py'
+# Prints the backend that Slide Attention takes.
+CHOICE = """
+import torch
+from mmslide.ops.slide_attention import choose_backend
+print(choose_backend(torch.empty(1, 4, 4, 2, 32), torch.empty(32, 9, 3, 3)))
+"""
 ZOO_CONFIG = 'slide-pvt-t_fpn_8xb4-80k_ade20k-512x512.py'
 
 pytestmark = pytest.mark.slow
 
 
-def run(*command, cwd):
-    result = subprocess.run([str(x) for x in command], cwd=cwd, capture_output=True, text=True, timeout=600)
+def run(*command, cwd, env=None):
+    result = subprocess.run([str(x) for x in command], cwd=cwd, env=env, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, (result.stdout + result.stderr)[-5000:]
     return result.stdout + result.stderr
 
@@ -49,8 +56,8 @@ def python(tmp_path):
     return folder / 'bin/python'
 
 
-def install(python, *what, cwd):
-    run(python, '-m', 'pip', 'install', '--no-build-isolation', '--no-deps', '--no-index', *what, cwd=cwd)
+def install(python, *what, cwd, env=None):
+    run(python, '-m', 'pip', 'install', '--no-build-isolation', '--no-deps', '--no-index', *what, cwd=cwd, env=env)
 
 
 def use(python, data, folder, train_config, test_config, zoo_config):
@@ -77,6 +84,7 @@ def test_wheel(checkout, python, data, tmp_path):
     shutil.rmtree(checkout)
     where = run(python, '-c', 'import mmslide; print(mmslide.__file__)', cwd=tmp_path)
     assert str(tmp_path / 'environment') in where
+    assert 'native' in run(python, '-c', CHOICE, cwd=tmp_path)
     mim = Path(where.strip().splitlines()[-1]).parent / '.mim'
     assert not (mim / 'tools/setup_env.sh').exists()
     assert (mim / 'tools/dist_train.sh').exists()
@@ -84,10 +92,17 @@ def test_wheel(checkout, python, data, tmp_path):
     use(python, data, tmp_path / 'folder', CONFIG, mim / 'configs/mini' / CONFIG, zoo_config)
 
 
+def test_install_without_a_compiler(checkout, python, tmp_path):
+    env = {**os.environ, 'CC': 'false', 'CXX': 'false'}
+    install(python, '.', cwd=checkout, env=env)
+    assert 'tapwise' in run(python, '-c', CHOICE, cwd=tmp_path)
+
+
 def test_editable_install(checkout, python, data, tmp_path):
     install(python, '-e', checkout, cwd=tmp_path)
     where = run(python, '-c', 'import mmslide; print(mmslide.__file__)', cwd=tmp_path)
     assert str(checkout / 'mmslide') in where
+    assert 'native' in run(python, '-c', CHOICE, cwd=tmp_path)
     # An edited config is the one that runs.
     config = checkout / 'configs/mini' / CONFIG
     config.write_text(config.read_text() + "\nexperiment_name = 'edited'\n")

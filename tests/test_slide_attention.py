@@ -138,7 +138,7 @@ def test_tapwise_keeps_the_inputs_only_and_never_makes_a_large_tensor():
     # Small blocks, since a block's buffer may be as large as the budget says.
     with mock.patch.object(tapwise, 'CPU_BLOCK_BYTES', 1 << 17), Sizes():
         with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
-            out = slide_attention(*args)
+            out = slide_attention(*args, backend='tapwise')
         out.sum().backward()
     assert {x.data_ptr() for x in saved} == {x.data_ptr() for x in args}
     assert len(sizes) > 100
@@ -155,7 +155,10 @@ def test_tapwise_keeps_the_inputs_only_and_never_makes_a_large_tensor():
         (dict(rpb=torch.randn(3, 9)), r'rpb must be \(heads, k²\) = \(2, 9\)'),
         (dict(weight=torch.randn(8, 9, 3, 3).bfloat16()), r'must all be float32'),
         (dict(q=torch.randn(1, 4, 4, 2, 8).half()), r'share one floating-point dtype'),
-        (dict(backend='cuda'), r"backend must be one of \['conv', 'reference', 'tapwise', 'triton', 'unrolled'\]"),
+        (
+            dict(backend='cuda'),
+            r"backend must be one of \['conv', 'native', 'reference', 'tapwise', 'triton', 'unrolled'\]",
+        ),
         (dict(dropout_p=1.0), r'dropout_p must be in \[0, 1\)'),
     ],
 )

@@ -9,12 +9,11 @@ import pytest
 import torch
 from helpers import relative_error
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode
 
 from mmslide.ops import slide_attention
+from mmslide.ops.fused import fused
 from mmslide.ops.reference import reference
-from mmslide.ops.slide_attention import choose_backend, triton_refusal
+from mmslide.ops.slide_attention import triton_refusal
 
 pytest.importorskip('triton')
 from mmslide.ops import triton_kernels
@@ -93,19 +92,6 @@ def test_output_and_gradients_agree_with_the_reference(shape, dtype):
         assert all(torch.equal(x, y) for x, y in zip(results, run(args, grad), strict=True))
 
 
-@pytest.mark.parametrize('layout', ['views with heads outside', 'unlike each other'])
-def test_maps_of_any_layout_and_an_explicit_scale(layout):
-    """And a gradient that is one number everywhere."""
-    args = small()
-    if layout == 'views with heads outside':
-        args[:3] = (x.requires_grad_() for x in torch.randn(1, 2, 5, 2, 3, 16, device=DEVICE).unbind(4))
-    else:
-        args[1] = args[1].detach().contiguous().requires_grad_()
-        args[2] = args[2].detach().transpose(1, 3).contiguous().transpose(1, 3).requires_grad_()
-    grad = torch.randn(1, device=DEVICE).expand(args[0].shape)
-    assert_agrees(run(args, grad, scale=0.3), args, grad, scale=0.3)
-
-
 def test_offsets_are_64_bit():
     """Pixels 2²⁶ elements apart, in memory that is never touched in between."""
     args = arguments(1, 5, 8, 1, 16, 3, torch.float16)
@@ -123,18 +109,8 @@ def test_dropout_mask(dtype):
     args = small(dtype)
     mask = (torch.rand(1, 2, 5, 2, 9, device=DEVICE) > 0.4) / 0.6
     grad = torch.randn(args[0].shape).to(dtype).to(DEVICE)
-    out = triton_kernels.fused(*args, 16**-0.5, mask)
+    out = fused(*args, 16**-0.5, mask, 'triton')
     assert_agrees((out, *torch.autograd.grad(out, args, grad)), args, grad, mask=mask)
-
-
-def test_dropout_of_the_public_function():
-    args = small()
-    results = []
-    for backend in ('reference', 'triton'):
-        torch.manual_seed(1)
-        results.append(slide_attention(*args, dropout_p=0.4, backend=backend))
-    assert relative_error(results[1], results[0]) < 1e-5
-    assert relative_error(results[1], slide_attention(*args, backend='triton')) > 1e-2
 
 
 def test_small_learned_parts_are_kept_next_to_the_shift():
@@ -145,72 +121,6 @@ def test_small_learned_parts_are_kept_next_to_the_shift():
         args[3].copy_(shift + 2**-10 * args[3])
     grad = torch.randn(args[0].shape).bfloat16().to(DEVICE)
     assert_agrees(run(args, grad), args, grad)
-
-
-def test_backward_keeps_the_inputs_only():
-    args, saved = small(), []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
-        slide_attention(*args, backend='triton')
-    assert {x.data_ptr() for x in saved} == {x.data_ptr() for x in args}
-
-
-def attention(*args):
-    return slide_attention(*args, backend='triton')
-
-
-def test_autocast_does_not_round_inside():
-    args = small()
-    grad = torch.randn(args[0].shape, device=DEVICE)
-    plain = run(args, grad)
-    with torch.autocast(DEVICE, dtype=torch.bfloat16):
-        under_autocast = run(args, grad)
-    for value, wanted in zip(under_autocast, plain, strict=True):
-        assert torch.equal(value, wanted)
-
-
-@pytest.mark.parametrize('wrap', ['compile', 'checkpoint'])
-def test_compiled_and_checkpointed_it_stays_the_same(wrap):
-    if wrap == 'compile':
-        wrapped = torch.compile(attention, backend='aot_eager', fullgraph=True)
-    else:
-        wrapped = lambda *args: checkpoint(attention, *args, use_reentrant=False)  # noqa: E731
-    args = small()
-    grad = torch.randn(args[0].shape, device=DEVICE)
-    out = wrapped(*args)
-    for value, wanted in zip((out, *torch.autograd.grad(out, args, grad)), run(args, grad), strict=True):
-        assert torch.equal(value, wanted)
-
-
-@SLOW
-@pytest.mark.parametrize('with_mask', [False, True])
-def test_custom_op_is_registered_as_torch_asks(with_mask):
-    args = small()
-    mask = torch.rand(1, 2, 5, 2, 9, device=DEVICE) if with_mask else None
-    torch.library.opcheck(triton_kernels.fused, (*args, 0.25, mask))
-    detached = [x.detach() for x in args]
-    torch.library.opcheck(triton_kernels._backward, (detached[0], *detached, 0.25, mask))
-
-
-def test_flops_are_those_of_the_merged_convolutions():
-    """And twice that in backward; torch itself ignores the groups of a convolution there."""
-    args = arguments(1, 3, 4, 2, 16, 3, torch.float32)
-    counts = []
-    for backend in ('triton', 'conv'):
-        with FlopCounterMode(display=False) as counter:
-            slide_attention(*args, backend=backend)
-        counts.append(counter.get_total_flops())
-    macs = 3 * 4 * 2 * 16 * 2 * (9 * 9 + 9)
-    assert counts == [2 * macs, 2 * macs]
-    with FlopCounterMode(display=False) as counter:
-        slide_attention(*args, backend='triton').sum().backward()
-    assert counter.get_total_flops() == 3 * 2 * macs
-
-
-def test_second_backward_is_refused():
-    args = small()
-    (grad,) = torch.autograd.grad(attention(*args).sum(), args[:1], create_graph=True)
-    with pytest.raises(ValueError, match=r"once only; take 'conv'"):
-        grad.sum().backward()
 
 
 @pytest.mark.parametrize(
@@ -226,11 +136,11 @@ def test_what_it_cannot_do_is_refused(shape, dtype, weight_dtype, message):
     args = arguments(1, 1, 1, 1, *shape, torch.float32)
     args = [x.to(dtype) for x in args[:3]] + [x.to(weight_dtype) for x in args[3:]]
     with pytest.raises(ValueError, match=rf"'triton' takes .*{message}; take 'tapwise'"):
-        attention(*args)
+        slide_attention(*args, backend='triton')
 
 
 def test_kernels_are_imported_only_when_they_are_used():
-    code = 'import sys, mmslide.models.attention, mmslide.ops; assert "triton" not in sys.modules'
+    code = 'import sys, mmslide.models, mmslide.ops; assert "mmslide.ops.triton_kernels" not in sys.modules'
     subprocess.run([sys.executable, '-c', code], check=True)
 
 
@@ -238,9 +148,9 @@ def test_tensors_off_the_gpu_are_refused(monkeypatch):
     args = [x.cpu() for x in small()]
     monkeypatch.delenv('TRITON_INTERPRET', raising=False)
     with pytest.raises(ValueError, match=r'needs CUDA tensors .*got cpu'):
-        attention(*args)
+        slide_attention(*args, backend='triton')
     with pytest.raises(ValueError, match=r'needs CUDA tensors .*got meta'):
-        attention(*(x.to('meta') for x in args))
+        slide_attention(*(x.to('meta') for x in args), backend='triton')
 
 
 @pytest.mark.parametrize(
@@ -264,12 +174,6 @@ def test_refusals_on_a_gpu(shape, major, installed, refusal):
         weight = torch.empty(head_dims, kernel_size**2, kernel_size, kernel_size, device='cuda')
         found = triton_refusal(q, weight)
         assert (found is None) if refusal is None else (refusal in found)
-
-
-@pytest.mark.parametrize(('device', 'backend'), [('meta', 'conv'), ('cpu', 'tapwise'), ('cuda', 'tapwise')])
-def test_the_choice_of_backend(device, backend):
-    with FakeTensorMode():
-        assert choose_backend(torch.empty(1, 4, 4, 2, 32, device=device)) == backend
 
 
 @SLOW

@@ -1,25 +1,27 @@
 import os
+from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import native
 from .conv import conv
+from .fused import fused
 from .reference import reference
 from .tapwise import tapwise, without_autocast
 from .unrolled import unrolled
 
-
-def triton(*arguments: Any) -> Tensor:
-    """Imports its kernels when it is called first."""
-    from .triton_kernels import fused
-
-    return fused(*arguments)
-
-
-BACKENDS = {'conv': conv, 'reference': reference, 'tapwise': tapwise, 'triton': triton, 'unrolled': unrolled}
-WIDENING = ('tapwise', 'triton')  # these take q, k, v as they are and widen them bit by bit
+BACKENDS: dict[str, Callable[..., Tensor]] = {
+    'conv': conv,
+    'native': partial(fused, backend='native'),
+    'reference': reference,
+    'tapwise': tapwise,
+    'triton': partial(fused, backend='triton'),
+    'unrolled': unrolled,
+}
+WIDENING = ('native', 'tapwise', 'triton')  # these take q, k, v as they are and widen them bit by bit
 
 
 def slide_attention(
@@ -50,10 +52,11 @@ def slide_attention(
         rpb: (heads, k²), added to K, dtype of weight.
         scale: multiplies the logits; None is d ** -0.5.
         dropout_p: probability with which an attention weight is zeroed, as in `scaled_dot_product_attention`.
-        backend: 'tapwise' (extra memory of the inputs' size at most, forward and backward), 'triton' (GPU kernels; in
-            backward extra memory of 2·k² float32 numbers for each pixel and head, in forward none), 'unrolled' (plain
-            operations: for tracing and export; in training it keeps many maps), 'conv' (one convolution; stores K and V
-            k² times), 'reference' (likewise; reads like the equation). None takes what `choose_backend` says.
+        backend: 'native' (compiled CPU kernels for float32, no extra memory), 'tapwise' (extra memory of the inputs'
+            size at most, forward and backward), 'triton' (GPU kernels; in backward extra memory of 2·k² float32 numbers
+            for each pixel and head, in forward none), 'unrolled' (plain operations: for tracing and export; in training
+            it keeps many maps), 'conv' (one convolution; stores K and V k² times), 'reference' (likewise; reads like
+            the equation). None takes what `choose_backend` says.
 
     Returns:
         (B, H, W, heads, d), dtype of q. The arithmetic is done in the wider one of q's and weight's dtypes, under
@@ -64,11 +67,11 @@ def slide_attention(
     """
     _check(q, k, v, weight, bias, rpb, dropout_p)
     if backend is None:
-        backend = choose_backend(q)
+        backend = choose_backend(q, weight)
     if backend not in BACKENDS:
         raise ValueError(f'backend must be one of {sorted(BACKENDS)} or None, got {backend=}')
-    if backend == 'triton' and (reason := triton_refusal(q, weight)):
-        raise ValueError(f"backend 'triton' {reason}; take 'tapwise', or None for the best that can do it")
+    if backend in REFUSALS and (reason := REFUSALS[backend](q, weight)):
+        raise ValueError(f"backend '{backend}' {reason}; take 'tapwise', or None for the best that can do it")
     if scale is None:
         scale = q.shape[-1] ** -0.5
 
@@ -83,13 +86,15 @@ def slide_attention(
         return BACKENDS[backend](*maps, *parameters, scale, dropout_mask).to(q.dtype)
 
 
-def choose_backend(q: Tensor) -> str:
-    """What `backend=None` takes: 'conv' on the meta device, 'tapwise' everywhere else.
+def choose_backend(q: Tensor, weight: Tensor) -> str:
+    """What `backend=None` takes: 'conv' on the meta device, 'native' on a CPU where it can, 'tapwise' everywhere else.
 
     'triton' has to be asked for: its kernels agree with the reference in Triton's interpreter and compile for GPUs, but
     have not run on a GPU yet.
     """
-    return 'conv' if q.is_meta else 'tapwise'
+    if q.is_meta:
+        return 'conv'
+    return 'tapwise' if native.refusal(q, weight) else 'native'
 
 
 def triton_refusal(q: Tensor, weight: Tensor) -> str | None:
@@ -117,6 +122,9 @@ def _device_refusal(device: torch.device) -> str | None:
         if torch.version.hip or properties.major < 8:
             return f'needs an NVIDIA GPU of compute capability 8.0 or later, got {properties.name}'
     return None
+
+
+REFUSALS = {'native': native.refusal, 'triton': triton_refusal}
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, bias: Tensor, rpb: Tensor, dropout_p: float) -> None:

@@ -18,14 +18,10 @@ of q · k as well.
 Offsets are 64-bit, so that maps may have more than 2³¹ elements.
 """
 
-import math
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 # Of `_parameter_kernel`: some for each multiprocessor of a large GPU. Each has (d, k²) float32 sums of its own.
 PARAMETER_PROGRAMS = 1024
@@ -233,8 +229,7 @@ def _parameter_kernel(
     tl.store(shares + share * CHANNELS * SLOTS + channel[:, None] * SLOTS + slot[None, :], sums)
 
 
-@torch.library.custom_op('mmslide::slide_attention', mutates_args=())
-def fused(
+def forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -242,9 +237,8 @@ def fused(
     bias: Tensor,
     rpb: Tensor,
     scale: float,
-    dropout_mask: Tensor | None = None,
+    dropout_mask: Tensor | None,
 ) -> Tensor:
-    """See `mmslide.ops.slide_attention` for shapes; what it checks is not checked here once more."""
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     launch = _Launch(q, k, v, weight, bias)
     with torch.cuda.device_of(q):
@@ -254,8 +248,7 @@ def fused(
     return out
 
 
-@torch.library.custom_op('mmslide::slide_attention_backward', mutates_args=())
-def _backward(
+def backward(
     grad_out: Tensor,
     q: Tensor,
     k: Tensor,
@@ -327,46 +320,3 @@ class _Launch:
             num_warps=8 if small else 4,
             num_stages=1,
         )
-
-
-@fused.register_fake
-def _(q: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(q, memory_format=torch.contiguous_format)
-
-
-@_backward.register_fake
-def _(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *parameters: Any) -> tuple[Tensor, ...]:
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, *parameters[:3]))
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *maps, ctx.scale, dropout_mask = inputs
-    ctx.save_for_backward(*maps, dropout_mask)
-
-
-def _gradients(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-    *maps, dropout_mask = ctx.saved_tensors
-    return *_backward(grad_out, *maps, ctx.scale, dropout_mask), None, None
-
-
-def _refuse_second_backward(ctx: Any, *grads: Tensor) -> None:
-    raise ValueError("backend 'triton' can be differentiated once only; take 'conv' for gradients of gradients")
-
-
-fused.register_autograd(_gradients, setup_context=_save)
-_backward.register_autograd(_refuse_second_backward)
-
-
-@register_flop_formula(torch.ops.mmslide.slide_attention)
-def _flops(
-    q_shape: torch.Size, k_shape: torch.Size, v_shape: torch.Size, weight_shape: torch.Size, *_: Any, **__: Any
-) -> int:
-    """As the paper counts: the merged kernels on K and on V, then q · K and a · V, two operations a multiply-add."""
-    slots = weight_shape[1]
-    return 2 * math.prod(q_shape) * 2 * (slots * slots + slots)
-
-
-@register_flop_formula(torch.ops.mmslide.slide_attention_backward)
-def _backward_flops(grad_out_shape: torch.Size, *shapes: Any, **kwargs: Any) -> int:
-    """Two products for each one of the forward pass, without what is recomputed."""
-    return 2 * _flops(*shapes)

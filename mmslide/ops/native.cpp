@@ -1,0 +1,270 @@
+// Slide Attention on a CPU in float32: the tap-wise form of tapwise.py with one pixel and head at a time, so that logits
+// and products stay in registers. Plain C symbols without PyTorch or Python, so that one build fits every version of
+// both. Shapes are those of mmslide.ops.slide_attention; native.py says how the arguments are laid out.
+
+#include <omp.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+namespace {
+
+constexpr int LANES = 8;
+typedef float Vec __attribute__((vector_size(4 * LANES)));
+typedef int32_t IntVec __attribute__((vector_size(4 * LANES)));
+
+inline Vec load(const float* from) {
+  Vec x;
+  std::memcpy(&x, from, sizeof x);
+  return x;
+}
+
+inline void store(float* to, Vec x) { std::memcpy(to, &x, sizeof x); }
+
+inline Vec all(float x) { return Vec{} + x; }
+
+inline float sum(Vec x) { return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7])); }
+
+// For x ≤ 0, to 1e-7: x is n · ln 2 + r with |r| ≤ ln 2 / 2, a Taylor polynomial of r times 2ⁿ. NaN stays NaN.
+inline Vec exp_of_negative(Vec x) {
+  const Vec least = all(-87.0f), rounding = all(0x1.8p23f);  // adding and subtracting the latter rounds
+  x = x < least ? least : x;
+  const Vec n = x * 1.442695041f + rounding - rounding;
+  const Vec r = x - n * 0x1.62e4p-1f - n * 0x1.7f7d1cp-20f;  // ln 2 in two parts, so that the large product is exact
+  Vec result = all(1.0f);
+  for (float divisor : {7.0f, 6.0f, 5.0f, 4.0f, 3.0f, 2.0f, 1.0f}) result = result * r * (1 / divisor) + 1.0f;
+  const IntVec power = (__builtin_convertvector(n, IntVec) + 127) << 23;
+  Vec scale;
+  std::memcpy(&scale, &power, sizeof scale);
+  return result * scale;
+}
+
+}  // namespace
+
+extern "C" {
+
+struct Map {
+  float* data;
+  int64_t image, row, column, head;  // strides in numbers; channels are next to each other
+};
+
+struct Call {
+  int64_t batch, height, width, heads, head_dims, kernel_size, threads;
+  float scale;
+  Map q, k, v, out;               // in backward `out` is its gradient
+  const float *kernels, *rpb;     // (k² + 1, d / 8, k², 8), the biases last; (heads, k²)
+  const float* mask;              // (B, H, W, heads, k²), or null
+  Map grad_q, grad_k, grad_v;     // backward only
+  float *grad_kernels, *grad_rpb;  // backward only, (threads, ...) of the above; zeros when it is called
+};
+}
+
+namespace {
+
+inline float* at(const Map& map, int64_t image, int64_t row, int64_t column, int64_t head) {
+  return map.data + image * map.image + row * map.row + column * map.column + head * map.head;
+}
+
+template <int K>
+struct Pixel {
+  static constexpr int SLOTS = K * K, PADDED = (SLOTS + LANES - 1) / LANES * LANES;
+
+  const Call& call;
+  const int64_t chunks;
+  std::vector<float> ones, unused;
+  // Of each tap on the map, and of the bias, a tap whose neighbour is all ones.
+  int taps;
+  int tap[SLOTS + 1];
+  const float *key[SLOTS + 1], *value[SLOTS + 1];
+  float *grad_key[SLOTS + 1], *grad_value[SLOTS + 1];
+  const float *query, *mask, *rpb;
+  float query_sum;
+  alignas(32) float attention[PADDED], dropped[PADDED];
+
+  explicit Pixel(const Call& call)
+      : call(call), chunks(call.head_dims / LANES), ones(call.head_dims, 1.0f), unused(call.head_dims) {}
+
+  void place(int64_t image, int64_t y, int64_t x, int64_t head) {
+    query = at(call.q, image, y, x, head);
+    rpb = call.rpb + head * SLOTS;
+    mask = call.mask;
+    if (mask) mask += (((image * call.height + y) * call.width + x) * call.heads + head) * SLOTS;
+    taps = 0;
+    for (int i = 0; i < K; ++i)
+      for (int j = 0; j < K; ++j) {
+        int64_t row = y + i - K / 2, column = x + j - K / 2;
+        if (row < 0 || row >= call.height || column < 0 || column >= call.width) continue;
+        tap[taps] = i * K + j;
+        key[taps] = at(call.k, image, row, column, head);
+        value[taps] = at(call.v, image, row, column, head);
+        if (call.grad_k.data) {
+          grad_key[taps] = at(call.grad_k, image, row, column, head);
+          grad_value[taps] = at(call.grad_v, image, row, column, head);
+        }
+        ++taps;
+      }
+    tap[taps] = SLOTS;
+    key[taps] = value[taps] = ones.data();
+    grad_key[taps] = grad_value[taps] = unused.data();
+    ++taps;
+  }
+
+  int64_t kernel(int t, int64_t chunk) const { return (tap[t] * chunks + chunk) * SLOTS * LANES; }
+
+  // Σ_t Σ_c x_c · map_c(p + t) · W[c, j, t], biases included.
+  void gather(const float* x, const float* const* map, float* sums) const {
+    Vec sum_of[SLOTS] = {};
+    for (int t = 0; t < taps; ++t)
+      for (int64_t c = 0; c < chunks; ++c) {
+        const Vec product = load(x + c * LANES) * load(map[t] + c * LANES);
+        const float* w = call.kernels + kernel(t, c);
+        for (int j = 0; j < SLOTS; ++j) sum_of[j] += product * load(w + j * LANES);
+      }
+    for (int j = 0; j < SLOTS; ++j) sums[j] = sum(sum_of[j]);
+  }
+
+  void attend() {
+    query_sum = 0;
+    for (int64_t c = 0; c < chunks; ++c) query_sum += sum(load(query + c * LANES));
+    gather(query, key, attention);
+    float most = -INFINITY, total = 0;
+    for (int j = 0; j < SLOTS; ++j) {
+      attention[j] = call.scale * (attention[j] + query_sum * rpb[j]);
+      if (!(attention[j] <= most)) most = attention[j];
+    }
+    for (int j = SLOTS; j < PADDED; ++j) attention[j] = most;
+    for (int j = 0; j < PADDED; j += LANES) store(attention + j, exp_of_negative(load(attention + j) - most));
+    for (int j = 0; j < SLOTS; ++j) total += attention[j];
+    for (int j = 0; j < SLOTS; ++j) attention[j] /= total;
+    for (int j = 0; j < SLOTS; ++j) dropped[j] = mask ? attention[j] * mask[j] : attention[j];
+  }
+
+  void forward(float* out) {
+    attend();
+    for (int64_t c = 0; c < chunks; ++c) {
+      Vec result = {};
+      for (int t = 0; t < taps; ++t) {
+        const float* w = call.kernels + kernel(t, c);
+        Vec kernel_sum = {};
+        for (int j = 0; j < SLOTS; ++j) kernel_sum += dropped[j] * load(w + j * LANES);
+        result += kernel_sum * load(value[t] + c * LANES);
+      }
+      store(out + c * LANES, result);
+    }
+  }
+
+  void backward(const float* grad, float* grad_query, float* grad_kernels, float* grad_rpb) {
+    attend();
+    alignas(32) float grad_logits[PADDED];
+    gather(grad, value, grad_logits);
+    float mean = 0;
+    if (mask)
+      for (int j = 0; j < SLOTS; ++j) grad_logits[j] *= mask[j];
+    for (int j = 0; j < SLOTS; ++j) mean += attention[j] * grad_logits[j];
+    float of_query_sum = 0;
+    for (int j = 0; j < SLOTS; ++j) {
+      grad_logits[j] = call.scale * attention[j] * (grad_logits[j] - mean);
+      grad_rpb[j] += query_sum * grad_logits[j];
+      of_query_sum += rpb[j] * grad_logits[j];
+    }
+    for (int64_t c = 0; c < chunks; ++c) {
+      const Vec query_part = load(query + c * LANES), grad_part = load(grad + c * LANES);
+      Vec result = all(of_query_sum);
+      for (int t = 0; t < taps; ++t) {
+        const Vec key_part = load(key[t] + c * LANES);
+        const Vec key_product = query_part * key_part, value_product = grad_part * load(value[t] + c * LANES);
+        const float* w = call.kernels + kernel(t, c);
+        float* grad_w = grad_kernels + kernel(t, c);
+        Vec key_sum = {}, value_sum = {};
+        for (int j = 0; j < SLOTS; ++j) {
+          key_sum += grad_logits[j] * load(w + j * LANES);
+          value_sum += dropped[j] * load(w + j * LANES);
+          const Vec grad_kernel = grad_logits[j] * key_product + dropped[j] * value_product;
+          store(grad_w + j * LANES, load(grad_w + j * LANES) + grad_kernel);
+        }
+        result += key_sum * key_part;
+        float *to_key = grad_key[t] + c * LANES, *to_value = grad_value[t] + c * LANES;
+        store(to_key, load(to_key) + key_sum * query_part);
+        store(to_value, load(to_value) + value_sum * grad_part);
+      }
+      store(grad_query + c * LANES, result);
+    }
+  }
+};
+
+// Adds a row's sums to the total and starts the next row.
+inline void add(std::vector<float>& row, float* total) {
+  for (size_t i = 0; i < row.size(); ++i) total[i] += row[i];
+  std::fill(row.begin(), row.end(), 0.0f);
+}
+
+template <int K>
+void forward(const Call& call) {
+#pragma omp parallel num_threads(call.threads)
+  {
+    Pixel<K> pixel(call);
+#pragma omp for collapse(2) schedule(static)
+    for (int64_t image = 0; image < call.batch; ++image)
+      for (int64_t y = 0; y < call.height; ++y)
+        for (int64_t x = 0; x < call.width; ++x)
+          for (int64_t head = 0; head < call.heads; ++head) {
+            pixel.place(image, y, x, head);
+            pixel.forward(at(call.out, image, y, x, head));
+          }
+  }
+}
+
+// Each thread owns strips of rows, whose pixels also add to the gradients of k and v in K / 2 rows of the strips beside
+// them. So all even strips come first, then the odd ones, and no two that touch the same row run at a time.
+template <int K>
+void backward(const Call& call) {
+  const int64_t height = call.height, most = height / (K - 1);
+  const int64_t strips = most < 2 ? 1 : std::min(most, 2 * call.threads);
+  const int64_t kernels = (K * K + 1) * call.head_dims * K * K, positions = call.heads * K * K;
+#pragma omp parallel num_threads(call.threads)
+  {
+    Pixel<K> pixel(call);
+    float* grad_kernels = call.grad_kernels + omp_get_thread_num() * kernels;
+    float* grad_rpb = call.grad_rpb + omp_get_thread_num() * positions;
+    // Sums of one row, since a sum over all pixels would lose digits.
+    std::vector<float> row_kernels(kernels), row_rpb(positions);
+    for (int64_t parity = 0; parity < 2; ++parity) {
+#pragma omp for collapse(2) schedule(static)
+      for (int64_t image = 0; image < call.batch; ++image)
+        for (int64_t strip = parity; strip < strips; strip += 2)
+          for (int64_t y = strip * height / strips; y < (strip + 1) * height / strips; ++y) {
+            for (int64_t x = 0; x < call.width; ++x)
+              for (int64_t head = 0; head < call.heads; ++head) {
+                pixel.place(image, y, x, head);
+                pixel.backward(at(call.out, image, y, x, head), at(call.grad_q, image, y, x, head), row_kernels.data(),
+                               row_rpb.data() + head * K * K);
+              }
+            add(row_kernels, grad_kernels);
+            add(row_rpb, grad_rpb);
+          }
+    }
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+// Return 0, or 1 for a kernel size that is not compiled.
+int slide_attention_forward(const Call* call) {
+  if (call->kernel_size == 3) return forward<3>(*call), 0;
+  if (call->kernel_size == 5) return forward<5>(*call), 0;
+  if (call->kernel_size == 7) return forward<7>(*call), 0;
+  return 1;
+}
+
+int slide_attention_backward(const Call* call) {
+  if (call->kernel_size == 3) return backward<3>(*call), 0;
+  if (call->kernel_size == 5) return backward<5>(*call), 0;
+  if (call->kernel_size == 7) return backward<7>(*call), 0;
+  return 1;
+}
+}

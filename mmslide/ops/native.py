@@ -1,0 +1,116 @@
+"""Calls the kernels of native.cpp, which the installation compiles where it can."""
+
+import ctypes
+import platform
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+LANES = 8  # as in native.cpp
+KERNEL_SIZES = (3, 5, 7)
+
+
+class _Map(ctypes.Structure):
+    _fields_ = (('data', ctypes.c_void_p), ('strides', ctypes.c_int64 * 4))
+
+
+class _Call(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ('batch', 'height', 'width', 'heads', 'head_dims')),
+        *((name, ctypes.c_int64) for name in ('kernel_size', 'threads')),
+        ('scale', ctypes.c_float),
+        *((name, _Map) for name in ('q', 'k', 'v', 'out')),
+        *((name, ctypes.c_void_p) for name in ('kernels', 'rpb', 'mask')),
+        *((name, _Map) for name in ('grad_q', 'grad_k', 'grad_v')),
+        *((name, ctypes.c_void_p) for name in ('grad_kernels', 'grad_rpb')),
+    )
+
+
+def _load() -> tuple[ctypes.CDLL | None, str]:
+    """The compiled library, or why there is none."""
+    if platform.machine() in ('x86_64', 'AMD64') and torch.backends.cpu.get_cpu_capability() == 'DEFAULT':
+        return None, 'needs a processor with AVX2'
+    for file in Path(__file__).parent.glob('_native*.so'):
+        return ctypes.CDLL(str(file)), ''
+    return None, 'was not compiled when mmslide was installed: get a C++ compiler with OpenMP and install mmslide again'
+
+
+library, why_none = _load()
+
+
+def refusal(q: Tensor, weight: Tensor) -> str | None:
+    """Why the backend 'native' cannot take these arguments, or None."""
+    if q.device.type != 'cpu':
+        return f'needs CPU tensors, got {q.device.type}'
+    if q.dtype != torch.float32 or weight.dtype != torch.float32:
+        return f'takes float32 only, got {q.dtype} maps and {weight.dtype} kernels'
+    if q.shape[-1] % LANES:
+        return f'takes head sizes that divide by {LANES}, got {q.shape[-1]}'
+    if weight.shape[-1] not in KERNEL_SIZES:
+        return f'takes kernel sizes {KERNEL_SIZES}, got {weight.shape[-1]}'
+    return why_none if library is None else None
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    rpb: Tensor,
+    scale: float,
+    dropout_mask: Tensor | None,
+) -> Tensor:
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    _run('forward', (q, k, v, out), (_pack(weight, bias), rpb, dropout_mask), scale)
+    return out
+
+
+def backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    rpb: Tensor,
+    scale: float,
+    dropout_mask: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of q, k, v, weight, bias and rpb."""
+    kernels = _pack(weight, bias)
+    grad_q = torch.empty_like(q, memory_format=torch.contiguous_format)
+    grad_k, grad_v = (torch.zeros_like(q, memory_format=torch.contiguous_format) for _ in range(2))
+    grad_kernels, grad_rpb = (x.new_zeros(torch.get_num_threads(), *x.shape) for x in (kernels, rpb))
+    grads = grad_q, grad_k, grad_v, grad_kernels, grad_rpb
+    _run('backward', (q, k, v, grad_out), (kernels, rpb, dropout_mask), scale, grads)
+    # (tap, channel block, slot, channel) to (channel block, channel, slot, tap)
+    sums = grad_kernels.sum(0).permute(1, 3, 2, 0).flatten(0, 1)
+    grad_weight = sums[..., :-1].contiguous().view(weight.shape)
+    return grad_q, grad_k, grad_v, grad_weight, sums[..., -1].contiguous(), grad_rpb.sum(0)
+
+
+def _pack(weight: Tensor, bias: Tensor) -> Tensor:
+    """(k² + 1, d / 8, k², 8): the kernels tap by tap, and the bias as one more tap; the channels of a vector last."""
+    taps = torch.cat([weight.flatten(2), bias[..., None]], dim=-1)
+    return taps.unflatten(0, (-1, LANES)).permute(3, 0, 2, 1).contiguous()
+
+
+def _run(
+    name: str,
+    maps: tuple[Tensor, ...],
+    parameters: tuple[Tensor, Tensor, Tensor | None],
+    scale: float,
+    grads: tuple[Tensor, ...] = (),
+) -> None:
+    """Calls the kernel. The maps may have any strides, but the channels of a head have to be next to each other."""
+    maps = tuple(x if x.stride(-1) == 1 else x.contiguous() for x in maps)
+    numbers = [None if x is None else x.contiguous() for x in (*parameters, *grads[3:])]
+    kernel_size = int(parameters[0].shape[2] ** 0.5)
+    call = _Call(*maps[0].shape, kernel_size, torch.get_num_threads(), scale)
+    for field, x in zip(('q', 'k', 'v', 'out', 'grad_q', 'grad_k', 'grad_v'), (*maps, *grads[:3]), strict=False):
+        setattr(call, field, _Map(x.data_ptr(), x.stride()[:4]))
+    for field, values in zip(('kernels', 'rpb', 'mask', 'grad_kernels', 'grad_rpb'), numbers, strict=False):
+        setattr(call, field, None if values is None else values.data_ptr())
+    getattr(library, f'slide_attention_{name}')(ctypes.byref(call))

@@ -1,0 +1,229 @@
+"""What every backend behind the one operator of PyTorch's has to do."""
+
+from functools import partial
+from importlib.util import find_spec
+from unittest import mock
+
+import pytest
+import torch
+from helpers import relative_error
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from mmslide.ops import fused, native, slide_attention
+from mmslide.ops.reference import reference
+from mmslide.ops.slide_attention import choose_backend
+
+NAMES = ('out', 'q', 'k', 'v', 'weight', 'bias', 'rpb')
+NEEDS_TRITON = pytest.mark.skipif(find_spec('triton') is None, reason='triton is not installed')
+SHAPES = [  # batch, height, width, heads, head size, kernel size
+    (2, 1, 1, 2, 8, 3),
+    (1, 1, 7, 1, 16, 5),
+    (2, 13, 17, 3, 32, 3),
+    (1, 13, 17, 2, 8, 7),
+    (1, 63, 40, 1, 64, 3),
+    (3, 40, 9, 2, 24, 5),
+    (1, 29, 5, 1, 8, 7),
+]
+
+
+@pytest.fixture(params=['native', pytest.param('triton', marks=NEEDS_TRITON)])
+def backend(request):
+    return request.param
+
+
+@pytest.fixture
+def device(backend):
+    return 'cuda' if backend == 'triton' and torch.cuda.is_available() else 'cpu'
+
+
+def arguments(batch, height, width, heads, head_dims, kernel_size, device='cpu'):
+    """q, k and v as a module cuts them out of one projection."""
+    slots = kernel_size**2
+    maps = torch.randn(batch, height, width, 3, heads, head_dims, device=device).unbind(3)
+    shapes = (head_dims, slots, kernel_size, kernel_size), (head_dims, slots), (heads, slots)
+    return [x.requires_grad_() for x in (*maps, *(torch.randn(shape, device=device) for shape in shapes))]
+
+
+@pytest.fixture
+def args(device):
+    return arguments(1, 2, 5, 2, 16, 3, device)
+
+
+@pytest.fixture
+def attention(backend):
+    return partial(slide_attention, backend=backend)
+
+
+def results(attention, args, grad, **kwargs):
+    out = attention(*args, **kwargs)
+    return out, *torch.autograd.grad(out, args, grad)
+
+
+def assert_agrees(found, args, grad, scale=None, mask=None):
+    doubles = [x.detach().cpu().double().requires_grad_() for x in args]
+    out = reference(*doubles, scale or args[0].shape[-1] ** -0.5, mask if mask is None else mask.cpu().double())
+    wanted = (out, *torch.autograd.grad(out, doubles, grad.cpu().double()))
+    for name, value, reference_value in zip(NAMES, found, wanted, strict=True):
+        assert relative_error(value, reference_value) < 1e-5, name
+
+
+@pytest.mark.parametrize('threads', [1, 2, 5])
+@pytest.mark.parametrize('shape', SHAPES, ids=str)
+def test_native_agrees_with_the_reference_and_repeats(shape, threads):
+    """For any number of threads, each of which has strips of rows of its own."""
+    args, grad = arguments(*shape), torch.randn(shape[:5])
+    run = partial(results, partial(slide_attention, backend='native'), args, grad)
+    with mock.patch('torch.get_num_threads', return_value=threads):
+        found = run()
+        assert_agrees(found, args, grad)
+        assert all(torch.equal(x, y) for x, y in zip(found, run(), strict=True))
+
+
+@pytest.mark.parametrize('size', [0.0, 1e-4, 30.0])
+def test_native_softmax_from_equal_to_lone_slots(size):
+    args, grad = arguments(1, 9, 8, 2, 16, 3), torch.randn(1, 9, 8, 2, 16)
+    args[0] = (size * args[0]).detach().requires_grad_()
+    assert_agrees(results(partial(slide_attention, backend='native'), args, grad), args, grad)
+
+
+def test_native_passes_nan_and_infinity_on():
+    args = [x.detach() for x in arguments(1, 5, 5, 1, 8, 3)]
+    for value in (float('nan'), float('inf')):
+        args[0][0, 2, 2, 0, 3] = value
+        out = slide_attention(*args, backend='native')
+        assert out[0, 2, 2].isnan().all()
+        assert not out[0, 2, 3].isnan().any()
+
+
+@pytest.mark.parametrize('layout', ['views with heads outside', 'unlike each other', 'channels apart'])
+def test_maps_of_any_layout_and_an_explicit_scale(attention, args, device, layout):
+    """And a gradient that is one number everywhere."""
+    if layout == 'views with heads outside':
+        args[:3] = (x.requires_grad_() for x in torch.randn(1, 2, 5, 2, 3, 16, device=device).unbind(4))
+    elif layout == 'channels apart':
+        args[:3] = (x.requires_grad_() for x in torch.randn(3, 1, 2, 16, 5, 2, device=device).movedim(3, -1))
+    else:
+        args[1] = args[1].detach().contiguous().requires_grad_()
+        args[2] = args[2].detach().transpose(1, 3).contiguous().transpose(1, 3).requires_grad_()
+    grad = torch.randn(1, device=device).expand(args[0].shape)
+    assert_agrees(results(attention, args, grad, scale=0.3), args, grad, scale=0.3)
+
+
+def test_dropout_mask(backend, args, device):
+    mask = (torch.rand(1, 2, 5, 2, 9, device=device) > 0.4) / 0.6
+    grad = torch.randn(args[0].shape, device=device)
+    operator = lambda *args: fused.fused(*args, 16**-0.5, mask, backend)  # noqa: E731
+    assert_agrees(results(operator, args, grad), args, grad, mask=mask)
+
+
+def test_dropout_of_the_public_function(attention, args):
+    found = []
+    for function in (partial(slide_attention, backend='reference'), attention):
+        torch.manual_seed(1)
+        found.append(function(*args, dropout_p=0.4))
+    assert relative_error(found[1], found[0]) < 1e-5
+    assert relative_error(found[1], attention(*args)) > 1e-2
+
+
+def test_backward_keeps_the_inputs_only(attention, args):
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        attention(*args)
+    assert {x.data_ptr() for x in saved} == {x.data_ptr() for x in args}
+
+
+def test_autocast_does_not_round_inside(attention, args, device):
+    grad = torch.randn(args[0].shape, device=device)
+    plain = results(attention, args, grad)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        under_autocast = results(attention, args, grad)
+    for value, wanted in zip(under_autocast, plain, strict=True):
+        assert torch.equal(value, wanted)
+
+
+@pytest.mark.parametrize('wrap', ['compile', 'checkpoint'])
+def test_compiled_and_checkpointed_it_stays_the_same(attention, args, device, wrap):
+    if wrap == 'compile':
+        wrapped = torch.compile(attention, backend='aot_eager', fullgraph=True)
+    else:
+        wrapped = lambda *args: checkpoint(attention, *args, use_reentrant=False)  # noqa: E731
+    grad = torch.randn(args[0].shape, device=device)
+    for value, wanted in zip(results(wrapped, args, grad), results(attention, args, grad), strict=True):
+        assert torch.equal(value, wanted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('with_mask', [False, True])
+def test_custom_op_is_registered_as_torch_asks(backend, args, device, with_mask):
+    mask = torch.rand(1, 2, 5, 2, 9, device=device) if with_mask else None
+    torch.library.opcheck(fused.fused, (*args, 0.25, mask, backend))
+    detached = [x.detach() for x in args]
+    torch.library.opcheck(fused._backward, (detached[0], *detached, 0.25, mask, backend))
+
+
+def test_flops_are_those_of_the_merged_convolutions(attention, args):
+    """And twice that in backward; torch itself ignores the groups of a convolution there."""
+    counts = []
+    for function in (attention, partial(slide_attention, backend='conv')):
+        with FlopCounterMode(display=False) as counter:
+            function(*args)
+        counts.append(counter.get_total_flops())
+    macs = 2 * 5 * 2 * 16 * 2 * (9 * 9 + 9)
+    assert counts == [2 * macs, 2 * macs]
+    with FlopCounterMode(display=False) as counter:
+        attention(*args).sum().backward()
+    assert counter.get_total_flops() == 3 * 2 * macs
+
+
+def test_second_backward_is_refused(backend, attention, args):
+    (grad,) = torch.autograd.grad(attention(*args).sum(), args[:1], create_graph=True)
+    with pytest.raises(ValueError, match=rf"'{backend}' can be differentiated once only; take 'conv'"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ('shape', 'dtype', 'device', 'message'),
+    [
+        ((12, 3), torch.float32, 'cpu', 'takes head sizes that divide by 8, got 12'),
+        ((8, 9), torch.float32, 'cpu', r'takes kernel sizes \(3, 5, 7\), got 9'),
+        ((8, 3), torch.float64, 'cpu', 'takes float32 only, got torch.float64 maps.*'),
+        ((8, 3), torch.bfloat16, 'cpu', 'takes float32 only, got torch.bfloat16 maps.*'),
+        ((8, 3), torch.float32, 'meta', 'needs CPU tensors, got meta'),
+    ],
+)
+def test_what_native_cannot_do_is_refused_by_hand_and_left_to_others(shape, dtype, device, message):
+    args = [x.detach().to(device) for x in arguments(1, 2, 3, 1, *shape)]
+    args[:3] = (x.to(dtype) for x in args[:3])
+    if dtype == torch.float64:
+        args[3:] = (x.to(dtype) for x in args[3:])
+    with pytest.raises(ValueError, match=rf"backend 'native' {message}; take 'tapwise'"):
+        slide_attention(*args, backend='native')
+    assert slide_attention(*args).shape == args[0].shape
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        (dict(target='pathlib.Path.glob', return_value=iter(())), 'was not compiled when mmslide was installed'),
+        (dict(target='torch.backends.cpu.get_cpu_capability', return_value='DEFAULT'), 'needs a processor with AVX2'),
+    ],
+)
+def test_without_its_kernels_native_gives_way_to_tapwise(monkeypatch, change, message):
+    with mock.patch(**change), mock.patch('platform.machine', return_value='x86_64'):
+        library, why_none = native._load()
+    monkeypatch.setattr(native, 'library', library)
+    monkeypatch.setattr(native, 'why_none', why_none)
+    args = arguments(1, 2, 3, 1, 8, 3)
+    with pytest.raises(ValueError, match=message):
+        slide_attention(*args, backend='native')
+    assert choose_backend(args[0], args[3]) == 'tapwise'
+
+
+@pytest.mark.parametrize(('device', 'chosen'), [('meta', 'conv'), ('cpu', 'native'), ('cuda', 'tapwise')])
+def test_the_choice_of_backend(device, chosen):
+    with FakeTensorMode():
+        q, weight = (torch.empty(shape, device=device) for shape in [(1, 4, 4, 2, 32), (32, 9, 3, 3)])
+        assert choose_backend(q, weight) == chosen
+    assert native.library is not None
