@@ -32,7 +32,9 @@ def output_and_gradients(forward, module, x, grad):
     ('dtype', 'tolerance'), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 3e-2)]
 )
 @pytest.mark.parametrize('pixels', [1, 7, 70, 1000], ids=['single', 'uneven', 'an image', 'all'])
-def test_output_and_gradients_agree_with_the_layers(monkeypatch, dtype, tolerance, pixels):
+@pytest.mark.parametrize('recomputed', [True, False])
+def test_output_and_gradients_agree_with_the_layers(monkeypatch, dtype, tolerance, pixels, recomputed):
+    monkeypatch.setattr(mlp, 'RECOMPUTED_BYTES', 0 if recomputed else 1 << 25)
     monkeypatch.setattr(mlp, 'BLOCK_BYTES', pixels * 40 * dtype.itemsize)
     module = layers(dtype)
     x = torch.randn(3, 12, 10, 7, dtype=dtype).permute(0, 2, 3, 1)  # in memory as a convolution leaves it
@@ -46,12 +48,16 @@ def test_output_and_gradients_agree_with_the_layers(monkeypatch, dtype, toleranc
         assert relative_error(value, expected) < tolerance
 
 
-def test_only_the_input_and_parameters_are_kept():
+@pytest.mark.parametrize('recomputed', [True, False])
+def test_the_input_and_parameters_are_kept_and_a_small_hidden_layer(monkeypatch, recomputed):
+    monkeypatch.setattr(mlp, 'RECOMPUTED_BYTES', 50 * 40 * 8 - recomputed)
     module, x = layers(), torch.randn(50, 12, dtype=torch.float64, requires_grad=True)
-    kept = []
-    with saved_tensors_hooks(lambda tensor: kept.append(tensor.data_ptr()), lambda _: None):
+    kept = {}
+    with saved_tensors_hooks(lambda tensor: kept.update({tensor.data_ptr(): tensor.nbytes}), lambda _: None):
         in_blocks(module, x)
-    assert set(kept) <= {x.data_ptr(), *(parameter.data_ptr() for parameter in module.parameters())}
+    for tensor in (x, *module.parameters()):
+        kept.pop(tensor.data_ptr(), None)
+    assert sum(kept.values()) == (0 if recomputed else 50 * 40 * 8)
 
 
 @pytest.mark.parametrize('training', [False, True])
@@ -60,28 +66,26 @@ def test_a_backbone_in_blocks_is_the_backbone(monkeypatch, training):
     image = torch.randn(4, 3, 32, 45)
     calls = []
 
-    def step(recomputed_bytes):
-        monkeypatch.setattr(mlp, 'RECOMPUTED_BYTES', recomputed_bytes)
+    def step(grad):
         torch.manual_seed(0)
         outs = model(image)
-        return [*outs, *torch.autograd.grad(sum(out.square().sum() for out in outs), list(model.parameters()))]
+        return [*outs, *(torch.autograd.grad(sum(x.square().sum() for x in outs), model.parameters()) if grad else ())]
 
-    monkeypatch.setattr(mlp, 'BLOCK_BYTES', 1000)
+    monkeypatch.setattr('mmslide.models.layers.pays_in_blocks', lambda *_: False)
+    whole = step(grad=True)
+    monkeypatch.setattr('mmslide.models.layers.pays_in_blocks', pays_in_blocks)
     monkeypatch.setattr('mmslide.models.layers.mlp_in_blocks', lambda *args: calls.append(1) or mlp_in_blocks(*args))
-    whole = step(1 << 40)
-    assert not calls
-    for value, wanted in zip(step(0), whole, strict=True):
-        assert relative_error(value, wanted) < 1e-5
-    assert len(calls) == 3
-    with torch.no_grad():  # always in blocks
-        torch.manual_seed(0)
-        for value, wanted in zip(model(image), whole, strict=False):
-            assert relative_error(value, wanted) < 1e-5
-    assert len(calls) == 6
+    monkeypatch.setattr(mlp, 'BLOCK_BYTES', 1000)
+    for grad, recomputed_bytes in ((True, 0), (True, 1 << 25), (False, 1 << 25)):
+        calls.clear()
+        monkeypatch.setattr(mlp, 'RECOMPUTED_BYTES', recomputed_bytes)
+        with torch.set_grad_enabled(grad):
+            for value, wanted in zip(step(grad), whole, strict=grad):
+                assert relative_error(value, wanted) < 1e-5
+        assert len(calls) == 3
 
 
 def test_blocks_are_left_alone_where_they_do_not_apply(monkeypatch):
-    monkeypatch.setattr(mlp, 'RECOMPUTED_BYTES', 0)
     x = torch.randn(5, 12)
     norm, expand, _, _ = layers(torch.float32)
     assert pays_in_blocks(x, norm, expand)

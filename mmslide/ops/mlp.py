@@ -8,14 +8,13 @@ from torch.autograd.function import once_differentiable
 
 # Of the hidden layer at a time: what the caches of two cores hold.
 BLOCK_BYTES = 1 << 22
-# Backward computes again what is larger than this, in which the C library never hands out the same memory twice: a page
-# fault every 4 KiB takes more time.
+# A larger hidden layer is computed again in backward, since the C library never hands out the same memory twice for it,
+# and a page fault every 4 KiB takes more time. A smaller one is kept.
 RECOMPUTED_BYTES = 1 << 25
 
 
 def pays_in_blocks(x: Tensor, norm: nn.Module, expand: nn.Linear) -> bool:
     """Whether `mlp_in_blocks` computes the same as the layers one after another, and faster."""
-    hidden_bytes = x.numel() // x.shape[-1] * expand.out_features * x.element_size()
     return (
         x.device.type == 'cpu'
         and not torch.compiler.is_compiling()
@@ -24,15 +23,14 @@ def pays_in_blocks(x: Tensor, norm: nn.Module, expand: nn.Linear) -> bool:
         and isinstance(norm, nn.LayerNorm)
         and norm.bias is not None  # without one it may have no weight either
         and x.dtype == norm.weight.dtype == expand.weight.dtype
-        and (hidden_bytes > RECOMPUTED_BYTES or not torch.is_grad_enabled())
     )
 
 
 def mlp_in_blocks(x: Tensor, norm: nn.LayerNorm, expand: nn.Linear, contract: nn.Linear) -> Tensor:
     """The MLP of a transformer block, contract(GELU(expand(norm(x)))), on a CPU: (..., C) to the same.
 
-    Some pixels at a time, so that the hidden layer, which is 100 MB for a stage of a detector's image, never leaves the
-    caches. Backward computes it again.
+    Some pixels at a time, so that what is as large as the hidden layer, 100 MB for a stage of a detector's image, never
+    leaves the caches. For backward a small hidden layer is kept, and its activation and its gradient are not.
     """
     parameters = norm.weight, norm.bias, expand.weight, expand.bias, contract.weight, contract.bias
     return _MLPInBlocks.apply(x, *parameters, norm.eps)
@@ -51,32 +49,35 @@ class _MLPInBlocks(torch.autograd.Function):
         bias2: Tensor,
         eps: float,
     ) -> Tensor:
-        ctx.save_for_backward(x, gamma, beta, weight1, bias1, weight2)
+        pixels = x.numel() // x.shape[-1]
+        keep = any(ctx.needs_input_grad) and pixels * len(weight1) * x.element_size() <= RECOMPUTED_BYTES
+        hidden = x.new_empty(pixels if keep else 0, len(weight1))
+        ctx.save_for_backward(x, gamma, beta, weight1, bias1, weight2, hidden)
         ctx.eps = eps
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
-        count, (buffer,) = _buffers(x, weight1, 1)
-        for pixels, result in _in_blocks(count, x, out):
-            hidden = buffer[: len(pixels)]
-            torch.addmm(bias1, F.layer_norm(pixels, gamma.shape, gamma, beta, eps), weight1.t(), out=hidden)
-            torch.addmm(bias2, torch.ops.aten.gelu_(hidden), weight2.t(), out=result)
+        blocks = _Blocks(x, weight1, buffers=1)
+        for part, source, result in blocks.of(x, out):
+            before = hidden[part] if keep else blocks.buffer(0, part)
+            torch.addmm(bias1, F.layer_norm(source, gamma.shape, gamma, beta, eps), weight1.t(), out=before)
+            activated = torch.ops.aten.gelu.out(before, out=blocks.buffer(0, part))
+            torch.addmm(bias2, activated, weight2.t(), out=result)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        x, gamma, beta, weight1, bias1, weight2 = ctx.saved_tensors
+        x, gamma, beta, weight1, bias1, weight2, kept = ctx.saved_tensors
         grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
         grads = [torch.zeros_like(parameter) for parameter in (gamma, beta, weight1, bias1, weight2)]
-        count, buffers = _buffers(x, weight1, 3)
-        for pixels, grad, result in _in_blocks(count, x, grad_out, grad_x):
-            hidden, activated, grad_hidden = (buffer[: len(pixels)] for buffer in buffers)
-            normed, mean, rstd = torch.native_layer_norm(pixels, gamma.shape, gamma, beta, ctx.eps)
-            torch.addmm(bias1, normed, weight1.t(), out=hidden)
-            torch.ops.aten.gelu.out(hidden, out=activated)
-            torch.mm(grad, weight2, out=grad_hidden)
-            torch.ops.aten.gelu_backward.grad_input(grad_hidden, hidden, grad_input=grad_hidden)
+        blocks = _Blocks(x, weight1, buffers=3)
+        for part, source, grad, result in blocks.of(x, grad_out, grad_x):
+            normed, mean, rstd = torch.native_layer_norm(source, gamma.shape, gamma, beta, ctx.eps)
+            before = kept[part] if len(kept) else torch.addmm(bias1, normed, weight1.t(), out=blocks.buffer(0, part))
+            activated = torch.ops.aten.gelu.out(before, out=blocks.buffer(1, part))
+            grad_hidden = torch.mm(grad, weight2, out=blocks.buffer(2, part))
+            torch.ops.aten.gelu_backward.grad_input(grad_hidden, before, grad_input=grad_hidden)
             of_norm = torch.ops.aten.native_layer_norm_backward(
-                grad_hidden @ weight1, pixels, gamma.shape, mean, rstd, gamma, beta, [True, True, True]
+                grad_hidden @ weight1, source, gamma.shape, mean, rstd, gamma, beta, [True, True, True]
             )
             result.copy_(of_norm[0])
             grads[0] += of_norm[1]
@@ -87,12 +88,20 @@ class _MLPInBlocks(torch.autograd.Function):
         return grad_x, *grads, grad_out.flatten(0, -2).sum(0), None
 
 
-def _buffers(x: Tensor, weight1: Tensor, number: int) -> tuple[int, list[Tensor]]:
-    """How many pixels make a block, and memory for its hidden layer, so many times."""
-    count = max(1, min(x.numel() // x.shape[-1], BLOCK_BYTES // (len(weight1) * x.element_size())))
-    return count, [x.new_empty(count, len(weight1)) for _ in range(number)]
+class _Blocks:
+    """Some pixels at a time, and memory that every block uses again for what is as large as its hidden layer."""
 
+    def __init__(self, x: Tensor, weight1: Tensor, buffers: int) -> None:
+        self.pixels = x.numel() // x.shape[-1]
+        self.count = max(1, min(self.pixels, BLOCK_BYTES // (len(weight1) * x.element_size())))
+        self.buffers = [x.new_empty(self.count, len(weight1)) for _ in range(buffers)]
 
-def _in_blocks(count: int, *maps: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The same pixels of each map (..., C), so many at a time: (count, C)."""
-    return zip(*(x.reshape(-1, x.shape[-1]).split(count) for x in maps), strict=True)
+    def of(self, *maps: Tensor) -> Iterator[tuple[Any, ...]]:
+        """A block's pixels, then the same pixels of each map (..., C): (count, C)."""
+        flat = [x.reshape(-1, x.shape[-1]) for x in maps]
+        for start in range(0, self.pixels, self.count):
+            part = slice(start, min(start + self.count, self.pixels))
+            yield part, *(x[part] for x in flat)
+
+    def buffer(self, number: int, part: slice) -> Tensor:
+        return self.buffers[number][: part.stop - part.start]
