@@ -1,6 +1,8 @@
 """Time, memory and floor of two implementations that are run in turn in one process."""
 
+import ctypes
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -54,6 +56,9 @@ def compare(
     ours: Side, baseline: Side, training: bool, tolerance: float | None, seconds: float = 4.0
 ) -> tuple[Measurement, Measurement]:
     """Checks that both sides agree, then runs them in turn until `seconds` have passed, three times at least.
+
+    Before each run on a CPU free memory goes back to the system (on Linux): else one side would run in memory that the
+    other has left, or not, as the allocator pleases, and the ratio would move with it.
 
     Args:
         training: measure forward and backward together, instead of forward without gradients.
@@ -131,6 +136,8 @@ def check(
 def _seconds(step: Callable[[], object], device: torch.device) -> float:
     if device.type == 'cuda':
         torch.cuda.synchronize(device)
+    elif sys.platform == 'linux' and (trim := getattr(ctypes.CDLL(None), 'malloc_trim', None)):
+        trim(0)
     start = time.perf_counter()
     step()
     if device.type == 'cuda':

@@ -1,4 +1,5 @@
 import os
+import warnings
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
@@ -94,7 +95,10 @@ def choose_backend(q: Tensor, weight: Tensor) -> str:
     """
     if q.is_meta:
         return 'conv'
-    return 'tapwise' if native.refusal(q, weight) else 'native'
+    reason = native.refusal(q, weight)
+    if reason and reason == native.why_none:
+        warnings.warn(f"backend 'native' {reason}; 'tapwise' stands in and is slower", stacklevel=3)
+    return 'tapwise' if reason else 'native'
 
 
 def triton_refusal(q: Tensor, weight: Tensor) -> str | None:
