@@ -206,7 +206,8 @@ def test_what_native_cannot_do_is_refused_by_hand_and_left_to_others(shape, dtyp
 @pytest.mark.parametrize(
     ('change', 'message'),
     [
-        (dict(target='pathlib.Path.glob', return_value=iter(())), 'was not compiled when mmslide was installed'),
+        (dict(target='pathlib.Path.is_file', return_value=False), 'was not compiled when mmslide was installed'),
+        (dict(target='ctypes.CDLL', side_effect=OSError('no libgomp')), r'cannot be loaded \(no libgomp\)'),
         (dict(target='torch.backends.cpu.get_cpu_capability', return_value='DEFAULT'), 'needs a processor with AVX2'),
     ],
 )

@@ -2,6 +2,7 @@
 
 import ctypes
 import platform
+import sysconfig
 from pathlib import Path
 
 import torch
@@ -31,9 +32,13 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     """The compiled library, or why there is none."""
     if platform.machine() in ('x86_64', 'AMD64') and torch.backends.cpu.get_cpu_capability() == 'DEFAULT':
         return None, 'needs a processor with AVX2'
-    for file in Path(__file__).parent.glob('_native*.so'):
+    file = Path(__file__).with_name(f'_native{sysconfig.get_config_var("EXT_SUFFIX")}')
+    if not file.is_file():
+        return None, 'was not compiled when mmslide was installed: get a C++ compiler with OpenMP and install it again'
+    try:
         return ctypes.CDLL(str(file)), ''
-    return None, 'was not compiled when mmslide was installed: get a C++ compiler with OpenMP and install mmslide again'
+    except OSError as error:
+        return None, f'cannot be loaded ({error}): install mmslide again on this machine'
 
 
 library, why_none = _load()
