@@ -206,8 +206,9 @@ def test_what_native_cannot_do_is_refused_by_hand_and_left_to_others(shape, dtyp
 @pytest.mark.parametrize(
     ('change', 'message'),
     [
-        (dict(target='pathlib.Path.is_file', return_value=False), 'was not compiled when mmslide was installed'),
+        (dict(target='pathlib.Path.is_file', return_value=False), 'was not compiled for this Python'),
         (dict(target='ctypes.CDLL', side_effect=OSError('no libgomp')), r'cannot be loaded \(no libgomp\)'),
+        (dict(target='mmslide.ops.native.VERSION', new=0), 'was compiled from another version of mmslide'),
         (dict(target='torch.backends.cpu.get_cpu_capability', return_value='DEFAULT'), 'needs a processor with AVX2'),
     ],
 )
@@ -221,6 +222,7 @@ def test_without_its_kernels_native_gives_way_to_tapwise(monkeypatch, change, me
         slide_attention(*args, backend='native')
     with pytest.warns(UserWarning, match=f"{message}.*; 'tapwise' stands in and is slower"):
         assert choose_backend(args[0], args[3]) == 'tapwise'
+    torch.compile(choose_backend, backend='aot_eager', fullgraph=True)(args[0], args[3])
 
 
 @pytest.mark.parametrize(('device', 'chosen'), [('meta', 'conv'), ('cpu', 'native'), ('cuda', 'tapwise')])

@@ -159,6 +159,7 @@ def test_tapwise_keeps_the_inputs_only_and_never_makes_a_large_tensor():
             dict(backend='cuda'),
             r"backend must be one of \['conv', 'native', 'reference', 'tapwise', 'triton', 'unrolled'\]",
         ),
+        (dict(rpb=torch.randn(2, 9, device='meta')), r"must be on one device, got \['cpu', 'meta'\]"),
         (dict(dropout_p=1.0), r'dropout_p must be in \[0, 1\)'),
     ],
 )

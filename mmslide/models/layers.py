@@ -93,7 +93,7 @@ class Block(BaseModule):
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.drop_path(self.attn(self.norm1(x)))
         expand, contract = self.ffn.layers[0][0], self.ffn.layers[1]
-        if not (self.training and self.drop_rate) and pays_in_blocks(x, self.norm2, expand):
+        if not (self.training and self.drop_rate) and pays_in_blocks(x, self.norm2, expand, contract, self.ffn):
             return self.ffn.dropout_layer(mlp_in_blocks(x, self.norm2, expand, contract)).add_(x)
         return self.ffn(self.norm2(x), identity=x)
 

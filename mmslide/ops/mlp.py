@@ -3,37 +3,52 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from mmcv.cnn import Linear
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 # Of the hidden layer at a time: what the caches of two cores hold.
 BLOCK_BYTES = 1 << 22
-# A larger hidden layer is computed again in backward, since the C library never hands out the same memory twice for it,
-# and a page fault every 4 KiB takes more time. A smaller one is kept.
-RECOMPUTED_BYTES = 1 << 25
+# The largest hidden layer that is kept for backward. For a larger one the C library takes new memory every time, and a
+# page fault every 4 KiB takes longer than computing it again.
+KEPT_BYTES = 1 << 25
 
 
-def pays_in_blocks(x: Tensor, norm: nn.Module, expand: nn.Linear) -> bool:
-    """Whether `mlp_in_blocks` computes the same as the layers one after another, and faster."""
+def pays_in_blocks(x: Tensor, norm: nn.Module, expand: nn.Module, contract: nn.Module, *around: nn.Module) -> bool:
+    """Whether `mlp_in_blocks` computes the same as the layers one after another, and faster.
+
+    Args:
+        around: modules that would be called too, and whose hooks would be left out.
+    """
     return (
         x.device.type == 'cpu'
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
         and not torch.is_autocast_enabled('cpu')
-        and isinstance(norm, nn.LayerNorm)
+        # Nothing that stands in for a layer (pruned, parametrized, quantized, with an adapter), and nobody who watches.
+        and type(norm) is nn.LayerNorm
+        and {type(expand), type(contract)} <= {nn.Linear, Linear}
+        and not any(_has_hooks(module) for module in (norm, expand, contract, *around))
         and norm.bias is not None  # without one it may have no weight either
         and x.dtype == norm.weight.dtype == expand.weight.dtype
+    )
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
 
 
 def mlp_in_blocks(x: Tensor, norm: nn.LayerNorm, expand: nn.Linear, contract: nn.Linear) -> Tensor:
     """The MLP of a transformer block, contract(GELU(expand(norm(x)))), on a CPU: (..., C) to the same.
 
-    Some pixels at a time, so that what is as large as the hidden layer, 100 MB for a stage of a detector's image, never
-    leaves the caches. For backward a small hidden layer is kept, and its activation and its gradient are not.
+    Some pixels at a time, so that only a part of the hidden layer, 100 MB for a stage of a detector's image, of its
+    activation and of their gradients stands in memory, in the caches. A small hidden layer is kept for backward.
     """
     parameters = norm.weight, norm.bias, expand.weight, expand.bias, contract.weight, contract.bias
-    return _MLPInBlocks.apply(x, *parameters, norm.eps)
+    # Asked here, because inside the function it is always off.
+    return _MLPInBlocks.apply(x, *parameters, norm.eps, torch.is_grad_enabled())
 
 
 class _MLPInBlocks(torch.autograd.Function):
@@ -48,9 +63,10 @@ class _MLPInBlocks(torch.autograd.Function):
         weight2: Tensor,
         bias2: Tensor,
         eps: float,
+        grad_enabled: bool,
     ) -> Tensor:
         pixels = x.numel() // x.shape[-1]
-        keep = any(ctx.needs_input_grad) and pixels * len(weight1) * x.element_size() <= RECOMPUTED_BYTES
+        keep = grad_enabled and pixels * len(weight1) * x.element_size() <= KEPT_BYTES
         hidden = x.new_empty(pixels if keep else 0, len(weight1))
         ctx.save_for_backward(x, gamma, beta, weight1, bias1, weight2, hidden)
         ctx.eps = eps
@@ -85,7 +101,7 @@ class _MLPInBlocks(torch.autograd.Function):
             grads[2].addmm_(grad_hidden.t(), normed)
             grads[3] += grad_hidden.sum(0)
             grads[4].addmm_(grad.t(), activated)
-        return grad_x, *grads, grad_out.flatten(0, -2).sum(0), None
+        return grad_x, *grads, grad_out.flatten(0, -2).sum(0), None, None
 
 
 class _Blocks:

@@ -1,6 +1,7 @@
 """Calls the kernels of native.cpp, which the installation compiles where it can."""
 
 import ctypes
+import math
 import platform
 import sysconfig
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+VERSION = 1  # as in native.cpp, of what the functions take; goes up with every change
 LANES = 8  # as in native.cpp
 KERNEL_SIZES = (3, 5, 7)
 
@@ -34,11 +36,15 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         return None, 'needs a processor with AVX2'
     file = Path(__file__).with_name(f'_native{sysconfig.get_config_var("EXT_SUFFIX")}')
     if not file.is_file():
-        return None, 'was not compiled when mmslide was installed: get a C++ compiler with OpenMP and install it again'
+        return None, 'was not compiled for this Python: get a C++ compiler with OpenMP and install mmslide again'
     try:
-        return ctypes.CDLL(str(file)), ''
+        found = ctypes.CDLL(str(file))
     except OSError as error:
         return None, f'cannot be loaded ({error}): install mmslide again on this machine'
+    # A build that stayed in a checkout while its source went on.
+    if found.slide_attention_version() != VERSION:
+        return None, 'was compiled from another version of mmslide: install it again'
+    return found, ''
 
 
 library, why_none = _load()
@@ -112,8 +118,9 @@ def _run(
     """Calls the kernel. The maps may have any strides, but the channels of a head have to be next to each other."""
     maps = tuple(x if x.stride(-1) == 1 else x.contiguous() for x in maps)
     numbers = [None if x is None else x.contiguous() for x in (*parameters, *grads[3:])]
-    kernel_size = int(parameters[0].shape[2] ** 0.5)
-    call = _Call(*maps[0].shape, kernel_size, torch.get_num_threads(), scale)
+    kernel_size = math.isqrt(parameters[0].shape[2])
+    threads = len(grads[3]) if grads else torch.get_num_threads()
+    call = _Call(*maps[0].shape, kernel_size, threads, scale)
     for field, x in zip(('q', 'k', 'v', 'out', 'grad_q', 'grad_k', 'grad_v'), (*maps, *grads[:3]), strict=False):
         setattr(call, field, _Map(x.data_ptr(), x.stride()[:4]))
     for field, values in zip(('kernels', 'rpb', 'mask', 'grad_kernels', 'grad_rpb'), numbers, strict=False):

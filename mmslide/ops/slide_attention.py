@@ -53,7 +53,8 @@ def slide_attention(
         rpb: (heads, k²), added to K, dtype of weight.
         scale: multiplies the logits; None is d ** -0.5.
         dropout_p: probability with which an attention weight is zeroed, as in `scaled_dot_product_attention`.
-        backend: 'native' (compiled CPU kernels for float32, no extra memory), 'tapwise' (extra memory of the inputs'
+        backend: 'native' (compiled CPU kernels for float32, no extra memory but each thread's sums of
+            the kernels' gradients), 'tapwise' (extra memory of the inputs'
             size at most, forward and backward), 'triton' (GPU kernels; in backward extra memory of 2·k² float32 numbers
             for each pixel and head, in forward none), 'unrolled' (plain operations: for tracing and export; in training
             it keeps many maps), 'conv' (one convolution; stores K and V k² times), 'reference' (likewise; reads like
@@ -96,7 +97,7 @@ def choose_backend(q: Tensor, weight: Tensor) -> str:
     if q.is_meta:
         return 'conv'
     reason = native.refusal(q, weight)
-    if reason and reason == native.why_none:
+    if reason and reason == native.why_none and not torch.compiler.is_compiling():
         warnings.warn(f"backend 'native' {reason}; 'tapwise' stands in and is slower", stacklevel=3)
     return 'tapwise' if reason else 'native'
 
@@ -137,6 +138,9 @@ def _check(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, bias: Tensor, rpb: T
             'q, k and v must all be (B, H, W, heads, d), got '
             f'q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}'
         )
+    devices = {x.device for x in (q, k, v, weight, bias, rpb)}
+    if len(devices) > 1:
+        raise ValueError(f'q, k, v, weight, bias and rpb must be on one device, got {sorted(map(str, devices))}')
     heads, head_dims = q.shape[-2:]
     kernel_size = weight.shape[-1]
     slots = kernel_size**2
