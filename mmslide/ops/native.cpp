@@ -1,5 +1,5 @@
 // Slide Attention on a CPU in float32: the tap-wise form of tapwise.py, one pixel and head at a time, so that logits and
-// products stay in registers. Plain C symbols without PyTorch or Python, so that one build fits every version of both.
+// products stay in registers. Plain C symbols, nothing of PyTorch's or Python's, so that building takes a compiler alone.
 // Shapes are those of mmslide.ops.slide_attention; native.py fills in the arguments.
 
 #include <omp.h>
