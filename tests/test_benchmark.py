@@ -127,8 +127,8 @@ def test_a_wrong_backend_is_noticed(monkeypatch):
 def test_models():
     from mmengine.config import Config
 
-    config = Config.fromfile(ROOT / 'configs/mini/mask-rcnn_slide-pvt-mini_fpn_mini-coco.py')
-    baseline = Config.fromfile(ROOT / 'configs/mini/mask-rcnn_twins-svt-mini_fpn_mini-coco.py')
+    config = Config.fromfile(ROOT / 'configs/mini/cascade-mask-rcnn_slide-pvt-mini_fpn_mini-coco.py')
+    baseline = Config.fromfile(ROOT / 'configs/mini/cascade-mask-rcnn_twins-svt-mini_fpn_mini-coco.py')
     pair = model_pair(config, baseline, 64, 96)
     assert (pair.ours.name, pair.baseline.name) == (Path(config.filename).stem, Path(baseline.filename).stem)
     assert len(pair.ours.forward()) == 2 * 4  # classes and boxes of the RPN, four maps

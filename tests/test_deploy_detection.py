@@ -31,6 +31,7 @@ from mmslide.deploy.detection import (
 from mmslide.deploy.onnx import export_onnx
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
+MINI = CONFIGS / 'mini/cascade-mask-rcnn_slide-pvt-mini_fpn_mini-coco.py'
 SHAPE = (96, 128)
 NAMES = ['a', 'b', 'c', 'd', 'two words']
 CLASSES = len(NAMES)
@@ -39,7 +40,7 @@ STAGE_STDS = ([0.1, 0.1, 0.2, 0.2], [0.05, 0.05, 0.1, 0.1], [0.03, 0.03, 0.07, 0
 
 def config(kind: str) -> ConfigDict:
     """A small model; together they have every setting that the rewritten heads read."""
-    model = Config.fromfile(CONFIGS / 'mini/mask-rcnn_slide-pvt-mini_fpn_mini-coco.py').model
+    model = Config.fromfile(MINI).model
     model.backbone.update(attn_backend='conv')
     model.backbone.arch.depths = [1, 1, 1, 1]
     model.train_cfg = None
@@ -54,20 +55,23 @@ def config(kind: str) -> ConfigDict:
         retinanet.train_cfg = None
         retinanet.test_cfg.update(nms_pre=300, min_bbox_size=8, score_thr=0.95)
         return retinanet
-    model.roi_head.bbox_head.num_classes = model.roi_head.mask_head.num_classes = CLASSES
-    if kind == 'mask-rcnn class-agnostic':
+    if kind == 'mini cascade':
+        for head in (*model.roi_head.bbox_head, model.roi_head.mask_head):
+            head.num_classes = CLASSES
         return model
-    # A map that no RoI is taken from, fewer proposals than max_per_img, adaptive sampling.
+    model.type = 'MaskRCNN'
+    model.roi_head = Config.fromfile(CONFIGS / '_base_/models/mask-rcnn.py').model.roi_head
+    for part in (model.roi_head.bbox_roi_extractor, model.roi_head.mask_roi_extractor):
+        part.update(out_channels=64, finest_scale=28)
+    model.roi_head.bbox_head.update(num_classes=CLASSES, in_channels=64, fc_out_channels=256)
+    model.roi_head.mask_head.update(num_classes=CLASSES, in_channels=64, conv_out_channels=32, num_convs=2)
+    # A map that no RoI is taken from, fewer proposals than max_per_img.
     model.neck.num_outs = 5
     model.rpn_head.anchor_generator.strides = [4, 8, 16, 32, 64]
     model.rpn_head.loss_cls.use_sigmoid = False
     model.rpn_head.bbox_coder.update(target_means=[0.1, -0.2, 0.1, 0.3], target_stds=[0.5, 0.5, 0.25, 0.25])
     model.test_cfg.rpn.update(nms=dict(type='nms', iou_threshold=0.3), min_bbox_size=4)
     model.test_cfg.rcnn.update(score_thr=0.1)
-    model.roi_head.bbox_roi_extractor.roi_layer.sampling_ratio = 0
-    model.roi_head.mask_roi_extractor.roi_layer.sampling_ratio = 0
-    model.roi_head.mask_head.class_agnostic = False
-    model.roi_head.bbox_head.reg_class_agnostic = False
     if kind == 'faster-rcnn':
         model.type = 'FasterRCNN'
         model.test_cfg.rcnn.score_thr = 0.65  # no detection at all on a blank image
@@ -94,7 +98,7 @@ def config(kind: str) -> ConfigDict:
 
 
 # And how many detections there are at least.
-KINDS = {'mask-rcnn': 10, 'mask-rcnn class-agnostic': 10, 'faster-rcnn': 5, 'retinanet': 10, 'cascade': 10}
+KINDS = {'mask-rcnn': 10, 'mini cascade': 10, 'faster-rcnn': 5, 'retinanet': 10, 'cascade': 10}
 # Of the random classifier, so that scores are spread over (0, 1).
 SPREAD = {'retinanet': 1.5, 'cascade': 8.0}
 
@@ -184,7 +188,7 @@ def test_without_proposal(kind, monkeypatch):
 
 def test_number_of_proposals():
     """The kinds stand for what they say: as many proposals as there is room for, and fewer."""
-    for kind, full in [('mask-rcnn', False), ('mask-rcnn class-agnostic', True)]:
+    for kind, full in [('mask-rcnn', False), ('mini cascade', True)]:
         model = build(kind)
         with torch.no_grad():
             *_, found = dense_detections(model.rpn_head, model.extract_feat(picture()), SHAPE)
@@ -249,7 +253,7 @@ def test_onnx_without_detection(kind, exported):
 def saved(kind: str, folder: Path) -> tuple[Path, Path]:
     """Files of a config, which can be tested with, and a checkpoint."""
     config_file, checkpoint = folder / 'x.py', folder / 'x.pth'
-    cfg = Config.fromfile(CONFIGS / 'mini/mask-rcnn_slide-pvt-mini_fpn_mini-coco.py')
+    cfg = Config.fromfile(MINI)
     cfg.model = config(kind)
     cfg.test_dataloader.dataset.pipeline[1].scale = SHAPE[::-1]
     cfg.dump(config_file)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parent.parent
-CONFIG = 'mask-rcnn_slide-pvt-mini_fpn_mini-coco.py'
+CONFIG = 'cascade-mask-rcnn_slide-pvt-mini_fpn_mini-coco.py'
 # Prints the backend that Slide Attention takes.
 CHOICE = """
 import torch

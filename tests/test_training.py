@@ -13,9 +13,9 @@ import torch
 from helpers import run, tool
 
 REPOSITORY = Path(__file__).parent.parent
-DETECTOR = REPOSITORY / 'configs/mini/mask-rcnn_slide-pvt-mini_fpn_mini-coco.py'
+DETECTOR = REPOSITORY / 'configs/mini/cascade-mask-rcnn_slide-pvt-mini_fpn_mini-coco.py'
 SEGMENTOR = next((REPOSITORY / 'configs/mini').glob('slide-swin-mini_upernet_*.py'))
-TWINS_DETECTOR = REPOSITORY / 'configs/mini/mask-rcnn_twins-svt-mini_fpn_mini-coco.py'
+TWINS_DETECTOR = REPOSITORY / 'configs/mini/cascade-mask-rcnn_twins-svt-mini_fpn_mini-coco.py'
 TWINS_SEGMENTOR = next((REPOSITORY / 'configs/mini').glob('twins-pcpvt-mini_upernet_*.py'))
 VAL_IMAGES = 6
 

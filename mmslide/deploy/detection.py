@@ -16,6 +16,7 @@ import mmcv.ops
 import onnxscript
 import torch
 import torch.nn.functional as F
+from mmcv.ops.point_sample import generate_grid, point_sample, rel_roi_point_to_rel_img_point
 from mmdet.models import (
     BaseDetector,
     CascadeRCNN,
@@ -265,9 +266,19 @@ def roi_features(extractor: SingleRoIExtractor, features: Sequence[Tensor], boxe
         # Every map is asked for every box, but for the boxes of other maps no larger than a point: with
         # sampling_ratio=0 that takes no sample, where a whole image at stride 4 would take thousands.
         at = boxes.where(here[:, None], 0.0)
-        aligned = roi_align(feature, at, layer.output_size, layer.spatial_scale, layer.sampling_ratio)
-        out = torch.where(here[:, None, None, None], aligned, out)
+        out = torch.where(here[:, None, None, None], align(layer, feature, at), out)
     return out
+
+
+def align(layer: mmcv.ops.RoIAlign | mmcv.ops.SimpleRoIAlign, feature: Tensor, boxes: Tensor) -> Tensor:
+    """What the layer makes of a map (1, C, H, W) in boxes (K, 4) of the image: (K, C, h, w)."""
+    if isinstance(layer, mmcv.ops.RoIAlign):
+        return roi_align(feature, boxes, layer.output_size, layer.spatial_scale, layer.sampling_ratio)
+    # One sample a bin, by plain operations; the layer itself would first look which boxes are in which image.
+    points = generate_grid(len(boxes), layer.output_size, device=boxes.device)
+    points = rel_roi_point_to_rel_img_point(boxes, points, feature, layer.spatial_scale)
+    samples = point_sample(feature, points[None], align_corners=not layer.aligned)  # (1, C, K, h * w)
+    return samples[0].transpose(0, 1).unflatten(2, layer.output_size)
 
 
 def decode(coder: DeltaXYWHBBoxCoder, boxes: Tensor, deltas: Tensor, shape: tuple[int, int]) -> Tensor:
@@ -365,8 +376,11 @@ def _check_extractors(name: str, extractors: nn.Module) -> None:
     for extractor in as_list(extractors):
         _require_type(name, extractor, SingleRoIExtractor)
         for layer in extractor.roi_layers:
-            ok = isinstance(layer, mmcv.ops.RoIAlign) and layer.aligned and layer.pool_mode == 'avg'
-            _require(f'{name}.roi_layer', layer, ok, "RoIAlign with aligned=True and pool_mode='avg'")
+            ok = type(layer) is mmcv.ops.SimpleRoIAlign or (
+                type(layer) is mmcv.ops.RoIAlign and layer.aligned and layer.pool_mode == 'avg'
+            )
+            supported = "SimpleRoIAlign, or RoIAlign with aligned=True and pool_mode='avg'"
+            _require(f'{name}.roi_layer', layer, ok, supported)
 
 
 def _require_type(name: str, part: Any, *types: type) -> None:

@@ -1,4 +1,4 @@
-_base_ = 'mask-rcnn_slide-pvt-mini_fpn_mini-coco.py'
+_base_ = 'cascade-mask-rcnn_slide-pvt-mini_fpn_mini-coco.py'
 model = dict(
     backbone=dict(
         _delete_=True,
