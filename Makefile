@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO := cascade-mask-rcnn_slide-pvt-mini_fpn_mini-coco.py
-DEMO_SEG := slide-swin-mini_upernet_mini-ade20k-128x128.py
+DEMO_SEG := slide-swin-mini_upernet_mini-ade20k-64x64.py
 
 .PHONY: help demo demo-seg test setup clean
 .DEFAULT_GOAL := help

@@ -20,7 +20,7 @@ import make_mini_dataset as mini  # noqa: E402
 
 CONFIGS = ROOT / 'configs' / 'mini'
 DETECTION = 'cascade-mask-rcnn_slide-pvt-mini_fpn_mini-coco.py'
-SEGMENTATION = 'slide-swin-mini_upernet_mini-ade20k-128x128.py'
+SEGMENTATION = 'slide-swin-mini_upernet_mini-ade20k-64x64.py'
 SIZES = dict(num_train=12, num_val=4, size=96)
 
 

@@ -1,4 +1,4 @@
-_base_ = 'slide-swin-mini_upernet_mini-ade20k-128x128.py'
+_base_ = 'slide-swin-mini_upernet_mini-ade20k-64x64.py'
 model = dict(
     backbone=dict(
         _delete_=True,
