@@ -11,6 +11,7 @@ import onnxruntime
 import pytest
 import torch
 from helpers import randomize, relative_error, tool
+from mmcv.ops import SimpleRoIAlign
 from mmdet.apis import inference_detector, init_detector
 from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
@@ -22,6 +23,7 @@ from mmslide.deploy.detection import (
     ONNX_TRANSLATIONS,
     Detections,
     ExportableDetector,
+    align,
     as_list,
     dense_detections,
     nms,
@@ -341,6 +343,16 @@ def test_onnx_operators(tmp_path):
         assert all(relative_error(x, reference) < 1e-5 for x, reference in zip(aligned, expected, strict=False))
         assert torch.equal(kept, expected[-1])
         assert (kept >= 0).sum() == count
+
+
+@pytest.mark.parametrize('aligned', [True, False])
+def test_simple_roi_align(aligned):
+    """Against mmcv's layer: boxes beyond the map, as small as a point; bins that are not square."""
+    layer, feature = SimpleRoIAlign((3, 5), 0.25, aligned), torch.randn(1, 4, 11, 17)
+    corners = torch.rand(40, 2, 2) * torch.tensor([80.0, 60.0]) - 6
+    boxes = torch.cat([corners.amin(1), corners.amax(1)], 1)
+    boxes[0] = 0
+    assert relative_error(align(layer, feature, boxes), layer(feature, nn.functional.pad(boxes, (1, 0)))) < 1e-5
 
 
 def detections() -> Detections:

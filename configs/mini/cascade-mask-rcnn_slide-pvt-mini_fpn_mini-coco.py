@@ -33,8 +33,9 @@ model = dict(
         feat_channels=channels,
         anchor_generator=dict(scales=[6], strides=[4, 8, 16, 32]),
     ),
-    # Light heads for few, small objects. Both look at the finest map alone, where shapes are told best. mmcv's RoIAlign
-    # would be a third of a training step on a CPU; with one sample a bin SimpleRoIAlign does the same.
+    # Light heads for few, small objects, whose masks do not depend on their class; they look at the finest map alone.
+    # mmcv's RoIAlign would be a third of a training step on a CPU. SimpleRoIAlign is the same with one sample a bin,
+    # but for samples at the border, which it mixes with zeros.
     roi_head=dict(
         num_stages=2,
         stage_loss_weights=[1.0, 1.0],
