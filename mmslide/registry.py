@@ -1,5 +1,9 @@
 from mmengine.registry import MODELS as MMENGINE_MODELS
+from mmengine.registry import WEIGHT_INITIALIZERS as MMENGINE_WEIGHT_INITIALIZERS
 from mmengine.registry import Registry
 
 # `type='mmslide.SlidePVT'` in any config finds this registry by its scope, and the classes by their location.
 MODELS = Registry('model', parent=MMENGINE_MODELS, scope='mmslide', locations=['mmslide.models'])
+WEIGHT_INITIALIZERS = Registry(
+    'weight initializer', parent=MMENGINE_WEIGHT_INITIALIZERS, scope='mmslide', locations=['mmslide.models.init']
+)

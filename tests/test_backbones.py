@@ -231,6 +231,22 @@ def test_wrong_arch_rows_are_named():
         SlidePVT(window_size=7)
 
 
+@BOTH
+def test_zero_sum_patches_see_edges_and_no_colour(cls):
+    init_cfg = [dict(type='Xavier', layer='Linear'), dict(type='mmslide.ZeroSumPatches', std=0.3, bias_std=0.2)]
+    model = small(cls, init_cfg=init_cfg)
+    model.init_weights()
+
+    projection = model.stages[0].embed.projection
+    even = torch.tensor([-2.0, 0.5, 3.0]).view(1, 3, 1, 1).expand(1, 3, 4, 4)
+    edge = even + torch.tensor([1.0, 1.0, -1.0, -1.0])
+    bias = projection.bias.view(1, -1, 1, 1)
+    torch.testing.assert_close(projection(even), bias, rtol=0, atol=1e-5)
+    assert ((projection(edge) - bias).abs() > 1e-2).float().mean() > 0.8
+    assert 0.25 < projection.weight.std() < 0.35
+    assert 0.1 < projection.bias.std() < 0.3
+
+
 def test_one_number_in_an_arch_row_stands_for_all_stages():
     row = dict(embed_dims=32, depths=(1, 1), num_heads=(1, 2), mlp_ratios=4)
     assert [x.shape[1] for x in SlideSwin(row, out_indices=(0, 1))(torch.randn(1, 3, 32, 32))] == [32, 64]
