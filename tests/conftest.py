@@ -6,6 +6,7 @@ os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # deterministic alg
 import pytest
 import torch
 from mmengine.logging import MMLogger
+from mmengine.runner import set_random_seed
 
 import mmslide  # noqa: F401
 
@@ -15,8 +16,8 @@ if not torch.cuda.is_available():
 
 @pytest.fixture(autouse=True)
 def deterministic():
-    """Random numbers from one seed, and NaN where a test reads memory that nothing has written."""
-    torch.manual_seed(0)
+    """Random numbers from one seed, the pipelines' too, and NaN where a test reads memory that nothing has written."""
+    set_random_seed(0)
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield

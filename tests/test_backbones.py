@@ -10,6 +10,7 @@ from helpers import (
     randomize,
     relative_error,
 )
+from mmengine.model import BaseModule
 from torch import nn
 
 from mmslide.models import SlidePVT, SlideSwin
@@ -245,6 +246,11 @@ def test_zero_sum_patches_see_edges_and_no_colour(cls):
     assert ((projection(edge) - bias).abs() > 1e-2).float().mean() > 0.8
     assert 0.25 < projection.weight.std() < 0.35
     assert 0.1 < projection.bias.std() < 0.3
+
+
+def test_zero_sum_patches_are_refused_elsewhere():
+    with pytest.raises(TypeError, match='a backbone of mmslide, got BaseModule'):
+        BaseModule(init_cfg=dict(type='mmslide.ZeroSumPatches')).init_weights()
 
 
 def test_one_number_in_an_arch_row_stands_for_all_stages():

@@ -1,7 +1,9 @@
 import torch
-from mmengine.model import BaseModule, update_init_info
+from mmengine.model import update_init_info
 
 from mmslide.registry import WEIGHT_INITIALIZERS
+
+from .pyramid import Pyramid
 
 
 @WEIGHT_INITIALIZERS.register_module()
@@ -16,13 +18,20 @@ class ZeroSumPatches:
     Args:
         std: of the weights, before their mean is taken off.
         bias_std: of the biases.
+
+    Raises:
+        TypeError: for a module that is not one of mmslide's backbones.
     """
 
     def __init__(self, std: float = 0.65, bias_std: float = 0.5) -> None:
         self.std = std
         self.bias_std = bias_std
 
-    def __call__(self, backbone: BaseModule) -> None:
+    def __call__(self, backbone: Pyramid) -> None:
+        if not isinstance(backbone, Pyramid):
+            raise TypeError(
+                f'ZeroSumPatches stands in the init_cfg of a backbone of mmslide, got {type(backbone).__name__}'
+            )
         projection = backbone.stages[0].embed.projection
         with torch.no_grad():
             projection.weight.normal_(std=self.std)
