@@ -158,8 +158,18 @@ def test_every_output_has_to_agree():
     for wrong in (ones + 1e-3, torch.tensor([1.0, torch.nan]), torch.ones(3)):
         assert not agreement([ones, wrong], [ones, ones])[0]
         assert not agreement([wrong, ones], [ones, ones])[0]
-    with pytest.raises(ValueError, match='longer'):
-        agreement([ones], [ones, ones])
+        assert not agreement([ones], [ones, wrong])[0]
+    assert agreement([ones], [torch.ones(1, 2)])[1] == 'onnxruntime gives shapes [(2,)], PyTorch [(1, 2)]'
+
+
+def test_another_label_is_right_in_a_tie_only(save):
+    agreement = onnx.ExportableSegmentor(save()[2]).agreement
+    logits = torch.tensor([[-3.0, -2.0, 5.0, 5.0, -1.0]]).view(1, 5, 1, 1) + torch.zeros(1, 5, 2, 2)
+    labels = logits.argmax(1)
+    assert agreement([logits, labels], [logits, labels])[0]
+    assert agreement([logits, 5 - labels], [logits, labels])[0]
+    for wrong in ([logits, labels - 1], [logits + 1e-3, labels], [logits, labels[:, :1]], [logits[:, :4], labels]):
+        assert not agreement(wrong, [logits, labels])[0]
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ from .fuse import fuse
 PARTS = ('backbone', 'model')
 MIN_SIDE = 32
 symbolic_shapes_config: Any = torch.fx.experimental._config
-# Of an output, as max|Δ| / max|PyTorch's|; of label maps the share of pixels that differ.
+# Of an output, as max|Δ| / max|PyTorch's|.
 TOLERANCE = 1e-4
 # Traced for every size: large and odd, so that no map is by chance square, whole windows or inside one.
 DYNAMIC_TRACE = (2003, 2503)
@@ -36,9 +36,19 @@ class Exportable(nn.Module):
 
     def agreement(self, outputs: Sequence[Tensor], wanted: Sequence[Tensor]) -> tuple[bool, str]:
         """Whether onnxruntime's outputs are PyTorch's within `TOLERANCE`, and how far they are, in words."""
-        errors = [output_error(value, reference) for value, reference in zip(outputs, wanted, strict=True)]
-        error = float(torch.tensor(errors).max())  # Python's max() passes over a NaN that is not the first
+        shapes, expected = ([tuple(x.shape) for x in each] for each in (outputs, wanted))
+        if shapes != expected:
+            return False, f'onnxruntime gives shapes {shapes}, PyTorch {expected}'
+        errors = [
+            (value - reference).abs().max() / reference.abs().max().clamp(min=1e-12)
+            for value, reference in self.compared(outputs, wanted)
+        ]
+        error = float(torch.stack(errors).max())  # Python's max() passes over a NaN that is not the first
         return error <= TOLERANCE, f'onnxruntime and PyTorch differ by {error:.1e}'
+
+    def compared(self, outputs: Sequence[Tensor], wanted: Sequence[Tensor]) -> Iterable[tuple[Tensor, Tensor]]:
+        """Pairs that must be the same within `TOLERANCE`, for outputs of the right shapes."""
+        return zip(outputs, wanted, strict=True)
 
 
 class ExportableBackbone(Exportable):
@@ -79,6 +89,12 @@ class ExportableSegmentor(Exportable):
         size = image.shape[2:]
         logits = F.interpolate(logits, size=size, mode='bilinear', align_corners=self.segmentor.align_corners)
         return logits, logits.argmax(1)
+
+    def compared(self, outputs: Sequence[Tensor], wanted: Sequence[Tensor]) -> Iterable[tuple[Tensor, Tensor]]:
+        """The logits, and for each pixel PyTorch's logits of both labels: of two classes that tie, either is right."""
+        (logits, labels), (reference, expected) = outputs, wanted
+        yield logits, reference
+        yield reference.gather(1, labels[:, None]), reference.gather(1, expected[:, None])
 
 
 class AdaptiveAverage(nn.Module):
@@ -291,14 +307,3 @@ def compare(module: Exportable, path: Path, images: dict[str, Tensor]) -> list[s
         if not agrees:
             raise RuntimeError(f"the exported graph's results are not the model's: {lines[-1]}")
     return lines
-
-
-def output_error(value: Tensor, reference: Tensor) -> float:
-    """max|Δ| / max|reference|; of integers the share that differ; infinite where the shapes do."""
-    if value.shape != reference.shape:
-        return float('inf')
-    if not reference.numel():
-        return 0.0
-    if not reference.is_floating_point():
-        return float((value != reference).double().mean())
-    return float((value - reference).abs().max() / reference.abs().max().clamp(min=1e-12))
