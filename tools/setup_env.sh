@@ -25,6 +25,10 @@ say "torch and the build tools"
 mmcv=$(grep '^mmcv==' requirements.txt)
 key=$("$venv/bin/python" - <<'PY'
 import sys, sysconfig, torch
+from torch.utils.cpp_extension import CUDA_HOME
+if torch.cuda.is_available() and CUDA_HOME is None:
+    sys.exit(f'For the GPU mmcv is compiled with nvcc, which is not there: install the CUDA toolkit {torch.version.cuda}. '
+             'For a stack without CUDA say CUDA_VISIBLE_DEVICES= make ...')
 cuda = f'cu{torch.version.cuda}' if torch.cuda.is_available() else 'cpu'
 print(f'torch{torch.__version__}-{cuda}-cp{sys.version_info[0]}{sys.version_info[1]}-{sysconfig.get_platform()}')
 PY
