@@ -6,4 +6,9 @@ from .version import __version__
 check_versions()
 register_safe_globals()
 
+# After the versions are known to fit: it imports mmengine's runner.
+from .checkpoints import register_reader  # noqa: E402
+
+register_reader()
+
 __all__ = ['__version__']

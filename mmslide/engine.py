@@ -1,22 +1,32 @@
 """What tools/train.py and tools/test.py do between their arguments and mmengine's runner."""
 
+import ast
 import difflib
 import inspect
 import os
 import re
 import warnings
-import zipfile
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from mmengine.config import Config, ConfigDict, DictAction
+from mmengine.hooks import Hook
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
+from mmslide.build import build_model, load_weights
+from mmslide.checkpoints import find_state_dict, listed, non_finite, read_checkpoint
+from mmslide.cli import INPUT_ERRORS, exit_on
 from mmslide.files import find_config
+
+# Of a config, beside the arguments of mmengine's Runner: what it looks up later, and what tools look up.
+RUNNER_KEYS = (
+    *('activation_checkpointing', 'compile', 'custom_imports', 'efficient_conv_bn_eval', 'find_unused_parameters'),
+    *('model_wrapper_cfg', 'runner_type', 'strategy', 'sync_bn', 'tta_model', 'tta_pipeline', 'data_root'),
+)
 
 
 def argument_parser(description: str) -> ArgumentParser:
@@ -41,33 +51,84 @@ def read_config(args: Namespace) -> Config:
     """The config with the options of `argument_parser` applied.
 
     Raises:
-        ValueError: an option overrides something that no config and no runner knows.
+        FileNotFoundError: there is no such config.
+        ValueError: it cannot be read, or see `merge_options`.
     """
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
-    config = Config.fromfile(find_config(args.config))
+    config = config_from_file(args.config)
     options = dict(args.cfg_options)
-    known = {*config, *inspect.signature(Runner.__init__).parameters}
-    for key in (option.split('.')[0] for option in options):
-        if key not in known:
-            close = difflib.get_close_matches(key, known, n=1)
-            hint = f'; did you mean {close[0]!r}?' if close else ''
-            raise ValueError(f'--cfg-options: {args.config} has no {key!r}{hint}')
-    if 'data_root' in options:
-        move_data(config, options.pop('data_root'))
-    config.merge_from_dict(options)
+    data_root = options.pop('data_root', None)
+    merge_options(config, options)
+    if data_root is not None:
+        move_data(config, data_root)
     config.launcher = args.launcher
     if args.work_dir or 'work_dir' not in config:
         config.work_dir = args.work_dir or str(Path('work_dirs', Path(args.config).stem))
     return config
 
 
+def config_from_file(name: str) -> Config:
+    """A config by its path or its bare name.
+
+    Raises:
+        FileNotFoundError: there is no such config.
+        ValueError: it cannot be read; whatever its code raises becomes this.
+    """
+    path = find_config(name)
+    try:
+        return Config.fromfile(path)
+    except Exception as error:
+        raise ValueError(f'config {path} cannot be read: {type(error).__name__}: {error}') from error
+
+
+def merge_options(config: Config, options: dict[str, Any]) -> None:
+    """Applies --cfg-options, keys with dots for nested values, to a config.
+
+    A top-level key that neither the config nor mmengine knows is accepted with a warning.
+
+    Raises:
+        ValueError: such a key resembles a known one.
+    """
+    known = {*config, *inspect.signature(Runner.__init__).parameters, *RUNNER_KEYS}
+    for key in sorted({option.split('.')[0] for option in options} - known):
+        close = difflib.get_close_matches(key, known, n=1)
+        if close:
+            raise ValueError(f'--cfg-options: {config.filename} has no {key!r}; did you mean {close[0]!r}?')
+        warnings.warn(f'--cfg-options: neither {config.filename} nor mmengine knows {key!r}', stacklevel=2)
+    config.merge_from_dict(options)
+
+
 def build_runner(config: Config) -> Runner:
-    """mmengine's runner, on a machine without a GPU with what works there."""
-    if not torch.cuda.is_available():
-        fall_back_to_cpu(config)
-        if config.launcher == 'pytorch':
-            torch.distributed.init_process_group('gloo')
+    """mmengine's runner; on a machine without a GPU its processes talk through gloo."""
+    if not torch.cuda.is_available() and config.launcher == 'pytorch':
+        torch.distributed.init_process_group('gloo')
     return RUNNERS.build(config) if 'runner_type' in config else Runner.from_cfg(config)
+
+
+class _Started(Hook):
+    """Knows whether the first epoch has begun."""
+
+    def __init__(self) -> None:
+        self.value = False
+
+    def _before_epoch(self, runner: Runner, mode: str = 'train') -> None:
+        self.value = True
+
+
+def launch(runner: Runner, start: Callable[[], Any]) -> None:
+    """Calls `runner.train` or `runner.test`. What these set up first raises errors of the config and the data: they end
+    the process with one message. Afterwards only files, the system and non-finite numbers do, and all else is a bug.
+    """
+    started = _Started()
+    runner.register_hook(started)
+    try:
+        with exit_on(OSError, FloatingPointError):
+            start()
+    except INPUT_ERRORS as error:
+        if started.value:
+            raise
+        with exit_on(*INPUT_ERRORS):
+            raise error
 
 
 def move_data(config: Config, data_root: str) -> None:
@@ -90,7 +151,9 @@ def move_data(config: Config, data_root: str) -> None:
 
 
 def fall_back_to_cpu(config: Config) -> None:
-    """Replaces what needs a GPU, and says so: mixed precision, SyncBN, one device for each process."""
+    """Without a GPU replaces what needs one, and says so: mixed precision, SyncBN, one device for each process."""
+    if torch.cuda.is_available():
+        return
     wrapper = config.get('optim_wrapper')
     if wrapper and wrapper.get('type') == 'AmpOptimWrapper':
         warnings.warn('no GPU: training in float32 instead of mixed precision', stacklevel=2)
@@ -132,70 +195,159 @@ def check_data(config: Config, *dataloaders: str) -> None:
                     )
 
 
+def named_dicts(node: Any, name: str) -> Iterator[tuple[str, dict]]:
+    """Every dict in a nested config with its key, as --cfg-options spells it."""
+    if isinstance(node, dict):
+        yield name, node
+    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list | tuple) else ()
+    for key, item in items:
+        yield from named_dicts(item, f'{name}.{key}')
+
+
 def dicts(node: Any) -> Iterator[dict]:
     """Every dict in a nested config."""
-    if isinstance(node, dict):
-        yield node
-    for item in node.values() if isinstance(node, dict) else node if isinstance(node, list | tuple) else ():
-        yield from dicts(item)
+    return (found for _, found in named_dicts(node, ''))
 
 
-def check_checkpoint(path: str) -> None:
-    """Looks whether a local checkpoint file is there and whole.
+def check_pretrained(config: Config) -> None:
+    """Fetches and reads what `init_cfg` and `load_from` start from, before anything is written.
 
     Raises:
-        FileNotFoundError: it is not there.
-        ValueError: it is damaged.
+        OSError: it cannot be read or downloaded; the message says how to do without.
+        ValueError: it is damaged, or holds more than weights.
     """
-    if '://' in path:
-        return
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f'checkpoint {path} does not exist')
-    if not is_whole(path):
-        raise ValueError(
-            f'checkpoint {path} is damaged or incomplete (a training killed while saving leaves such a file)'
-        )
+    for path, node in named_dicts(config.model, 'model'):
+        if node.get('type') in ('Pretrained', 'PretrainedInit') and node.get('checkpoint'):
+            init_cfg = re.sub(r'\.\d+$', '', path)
+            try:
+                read_checkpoint(node['checkpoint'])
+            except OSError as error:
+                raise OSError(
+                    f'{error}. --cfg-options {path}.checkpoint=FILE takes a file, {init_cfg}=None starts from scratch'
+                ) from error
+    if config.get('load_from'):
+        read_checkpoint(config.load_from)
 
 
-def is_whole(path: str | Path) -> bool:
-    """Whether a checkpoint file was written to its end."""
-    if zipfile.is_zipfile(path):
-        try:
-            with zipfile.ZipFile(path) as archive:
-                return archive.testzip() is None
-        except (zipfile.BadZipFile, OSError, EOFError):
-            return False
-    try:  # torch's format before 1.6
-        torch.load(path, map_location='cpu', weights_only=True)
-    except Exception:
-        return False
-    return True
+def check_model(config: Config, name: str, checkpoint: str | None = None) -> None:
+    """Builds the config's model once, and loads a checkpoint into it that must fit whole, before anything is written.
 
-
-def last_whole_checkpoint(work_dir: str) -> str | None:
-    """The newest checkpoint in a work_dir that was written to its end; those that were not are named in a warning."""
-    files = [path for path in Path(work_dir).glob('*.pth') if re.fullmatch(r'(epoch|iter)_\d+', path.stem)]
-    for path in sorted(files, key=lambda path: int(path.stem.split('_')[1]), reverse=True):
-        if is_whole(path):
-            return str(path)
-        warnings.warn(f'{path} is incomplete (killed while saving?) and passed over', stacklevel=2)
-    return None
-
-
-def set_resume(config: Config, resume: str) -> None:
-    """Continues from a checkpoint file, or with 'auto' from the last whole one in the work_dir, if there is any.
+    Args:
+        name: of the config, for messages.
 
     Raises:
-        FileNotFoundError, ValueError: the file is not there or damaged.
+        OSError: the checkpoint cannot be read.
+        ValueError: it is damaged or does not fit.
+    """
+    model = build_model(config)
+    if checkpoint is not None:
+        state = find_state_dict(read_checkpoint(checkpoint), checkpoint)
+        if broken := non_finite(state):
+            warnings.warn(f'{checkpoint} has NaN or infinite values in {listed(broken)}', stacklevel=2)
+        load_weights(model, state, checkpoint, name)
+
+
+def run_checkpoints(folder: str | Path) -> list[Path]:
+    """The checkpoints that trainings saved in a folder after epochs or iterations, oldest number first."""
+    files = [path for path in Path(folder).glob('*.pth') if re.fullmatch(r'(epoch|iter)_\d+', path.stem)]
+    return sorted(files, key=lambda path: int(path.stem.split('_')[1]))
+
+
+def last_whole_checkpoint(work_dir: str | Path) -> str | None:
+    """The checkpoint to continue from: the one that `last_checkpoint` names, or else the one saved last.
+
+    Those that are not whole are skipped with a warning, and those of other runs are named in one.
+    """
+    metas = {}
+    record = Path(work_dir, 'last_checkpoint')
+    last = Path(record.read_text().strip()) if record.is_file() else None
+    if last is not None and not last.is_file():
+        last = Path(work_dir, last.name)  # the folder was moved
+    for path in {*run_checkpoints(work_dir), *([last] if last and last.is_file() else [])}:
+        try:
+            metas[path] = meta_of(read_checkpoint(path))
+        except (OSError, ValueError) as error:
+            warnings.warn(f'skipped: {error}', stacklevel=2)
+    if not metas:
+        return None
+    latest = max(metas, key=lambda path: (metas[path].get('time', ''), metas[path].get('iter', 0), str(path)))
+    chosen = last if last in metas else latest
+    others = sorted(str(path) for path in metas if not same_run(metas[path], metas[chosen]))
+    if others:
+        warnings.warn(f'{listed(others)} were saved by another run than {chosen}, which is continued', stacklevel=2)
+    return str(chosen)
+
+
+def meta_of(content: Any) -> dict[str, Any]:
+    """The meta data of a checkpoint's content; {} if there is none."""
+    return (content.get('meta') or {}) if isinstance(content, dict) else {}
+
+
+def same_run(first: dict[str, Any], second: dict[str, Any]) -> bool:
+    """Whether two checkpoints' meta data are of one run: the same config, and the later iteration was saved later."""
+    times = [time for _, time in sorted((meta.get('iter', 0), meta.get('time', '')) for meta in (first, second))]
+    return times[0] <= times[1] and not changed_settings(first.get('cfg', ''), second.get('cfg', ''))
+
+
+def changed_settings(first: str, second: str) -> list[str]:
+    """The top-level names that differ between two configs' texts, but for those that differ from start to start.
+
+    The texts may come from a stranger's checkpoint, so they are parsed and not run.
+    """
+    ignored = {'work_dir', 'load_from', 'resume', 'launcher', 'model_wrapper_cfg'}
+    settings = []
+    for text in (first, second):
+        try:
+            nodes = ast.parse(text).body
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            nodes = []
+        assignments = [node for node in nodes if isinstance(node, ast.Assign)]
+        settings.append({ast.unparse(node.targets[0]): ast.dump(node.value) for node in assignments})
+    names = sorted({*settings[0], *settings[1]} - ignored)
+    return [name for name in names if settings[0].get(name) != settings[1].get(name)]
+
+
+def set_resume(config: Config, resume: str | None) -> None:
+    """Continues from a checkpoint file, or with 'auto' from `last_whole_checkpoint` of the work_dir, if there is any.
+
+    Without `resume`, or from a file elsewhere, the checkpoints that earlier runs left in the work_dir are named in a
+    warning.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: the file is damaged, or is no checkpoint of a training.
     """
     if resume == 'auto':
-        found = last_whole_checkpoint(config.work_dir)
-        if found is None:
+        resume = last_whole_checkpoint(config.work_dir)
+        if resume is None:
             warnings.warn(f'--resume: no whole checkpoint in {config.work_dir}, training starts anew', stacklevel=2)
             return
-        resume = found
-    else:
-        check_checkpoint(resume)
+    earlier = [path.name for path in run_checkpoints(config.work_dir)]
+    if earlier and (resume is None or Path(resume).resolve().parent != Path(config.work_dir).resolve()):
+        warnings.warn(
+            f'{config.work_dir} has checkpoints of an earlier run, and this one will overwrite those of the same name: '
+            f'{listed(earlier, 10)}. --resume continues it, --work-dir DIR keeps the two apart',
+            stacklevel=2,
+        )
+    if resume is None:
+        return
+    content = read_checkpoint(resume)
+    meta = meta_of(content)
+    missing = [key for key in ('state_dict', 'optimizer', 'message_hub') if key not in content]
+    missing += [f'meta.{key}' for key in ('epoch', 'iter') if key not in meta]
+    if not config.get('default_hooks', {}).get('checkpoint', {}).get('save_optimizer', True):
+        missing = [key for key in missing if key != 'optimizer']
+    if missing:
+        raise ValueError(
+            f'{resume} is not a checkpoint of a training, which could be resumed: it has no {", ".join(missing)}. '
+            f'--cfg-options load_from={resume} starts a new training from its weights'
+        )
+    changed = changed_settings(meta.get('cfg', config.pretty_text), config.pretty_text)
+    if changed:
+        warnings.warn(
+            f'{resume} was saved with another {listed(changed, 10)}; training goes on with the present config',
+            stacklevel=2,
+        )
     config.resume, config.load_from = True, resume
 
 

@@ -1,13 +1,23 @@
+"""Config files by name, and outputs that appear whole or not at all."""
+
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-# In a checkout, which an editable install points to, and in a wheel.
-CONFIG_FOLDERS = [Path(__file__).parents[1] / 'configs', Path(__file__).parent / '.mim' / 'configs']
+from filelock import FileLock, Timeout
+
+# In a wheel, and in a checkout, which an editable install points to. Never both: beside a wheel's package stands
+# whatever other distributions call `configs`.
+WHEEL_CONFIGS = Path(__file__).parent / '.mim' / 'configs'
+CHECKOUT_CONFIGS = Path(__file__).parents[1] / 'configs'
+PREFIX, SUFFIX, LOCK = '.mmslide-', '.tmp', '.lock'
 
 
-def find_config(name: str) -> Path:
+def find_config(name: str | Path) -> Path:
     """A config file by its path, or one of mmslide's own by its bare name, as mim finds it.
 
     Raises:
@@ -15,30 +25,109 @@ def find_config(name: str) -> Path:
     """
     if Path(name).is_file():
         return Path(name)
-    if Path(name).name == name:
-        for folder in CONFIG_FOLDERS:
-            for path in folder.rglob(name):
-                return path
-    raise FileNotFoundError(f'{name} is no file, and no config of mmslide has this name')
+    if Path(name).name == str(name):
+        for path in (WHEEL_CONFIGS if WHEEL_CONFIGS.is_dir() else CHECKOUT_CONFIGS).rglob(str(name)):
+            return path
+    raise FileNotFoundError(f'{name} is not a file, and mmslide has no config of this name')
 
 
 @contextmanager
-def replacing(out: str | Path) -> Iterator[Path]:
-    """A temporary file beside `out`, which takes its place when the block ends well: it appears whole or not at all.
+def atomic_write(
+    *outs: str | Path, inputs: Iterable[str | Path] = (), folders: bool = False
+) -> Iterator[tuple[Path, ...]]:
+    """Temporary paths for `outs`, which replace them when the block ends without an error: all of them, or none.
+
+    Each temporary path has its output's name, in a hidden folder beside it. Such folders of killed processes are
+    removed. An output that exists keeps its mode; an output that is a symlink stays one, and its target is replaced.
+
+    Args:
+        inputs: what the outputs are made from; URLs are fine.
+        folders: the outputs are folders, not files.
 
     Raises:
-        ValueError: the folder of out does not exist, or out is one.
-        OSError: the folder cannot be written.
+        ValueError: an output is one of the inputs or holds one, two outputs are the same, an output exists and is
+            something else than a file (or a folder), or its parent folder does not exist.
+        OSError: an output cannot be written.
     """
-    out = Path(out)
-    if not out.absolute().parent.is_dir():
+    targets = [_check_output(out, inputs, folders) for out in outs]
+    if len(set(targets)) < len(targets):
+        raise ValueError(f'the outputs must have different names, got {", ".join(map(str, outs))}')
+    with ExitStack() as stack:
+        temporaries = [stack.enter_context(_temporary(target)) for target in targets]
+        yield tuple(temporaries)
+        _replace_all(temporaries, targets)
+
+
+def _check_output(out: str | Path, inputs: Iterable[str | Path], folders: bool) -> Path:
+    """The path that an output is written to, behind its symlinks."""
+    target = Path(os.path.realpath(out))
+    if not target.parent.is_dir():
         raise ValueError(f'the folder of {out} does not exist')
-    if out.is_dir():
+    if not folders and target.is_dir():
         raise ValueError(f'{out} is a folder, not a file to write')
-    temporary = out.with_name(f'{out.name}.{os.getpid()}.tmp')
+    if target.exists() and not (target.is_dir() if folders else target.is_file()):
+        raise ValueError(f'{out} exists and is not a regular {"folder" if folders else "file"}')
+    for given in inputs:
+        source = Path(os.path.realpath(given))
+        if target in (source, *source.parents) or (target.exists() and source.exists() and target.samefile(source)):
+            raise ValueError(f'{out} would overwrite the input {given}: choose another name')
+    return target
+
+
+@contextmanager
+def _temporary(target: Path) -> Iterator[Path]:
+    _remove_leftovers(target.parent)
+    while True:
+        try:
+            folder = Path(tempfile.mkdtemp(prefix=PREFIX, suffix=SUFFIX, dir=target.parent))
+        except OSError as error:
+            raise OSError(f'cannot write to the folder {target.parent}: {error.strerror}') from error
+        lock = FileLock(folder / LOCK, timeout=0)
+        try:
+            lock.acquire()
+        except (Timeout, FileNotFoundError):  # another process took the unlocked folder for a leftover
+            continue
+        break
     try:
-        temporary.touch()  # tells of an unwritable folder before the work is done
-        yield temporary
-        os.replace(temporary, out)
+        yield folder / target.name
     finally:
-        temporary.unlink(missing_ok=True)
+        lock.release()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Removes the temporary folders whose process is dead and so holds no lock."""
+    for leftover in folder.glob(f'{PREFIX}*{SUFFIX}'):
+        if leftover.is_dir() and not leftover.is_symlink():
+            try:
+                with FileLock(leftover / LOCK, timeout=0):
+                    shutil.rmtree(leftover, ignore_errors=True)
+            except (Timeout, OSError):
+                continue
+
+
+def _replace_all(temporaries: Sequence[Path], targets: Sequence[Path]) -> None:
+    with ExitStack() as undo:
+        for temporary, target in zip(temporaries, targets, strict=True):
+            backup = temporary.with_name(f'{target.name}.old')
+            existed = target.exists()
+            if existed:
+                os.chmod(temporary, stat.S_IMODE(target.stat().st_mode))
+            if target.is_dir():  # which cannot be replaced while it has files
+                os.replace(target, backup)
+                undo.callback(os.replace, backup, target)
+            elif existed and len(targets) > 1:
+                shutil.copy2(target, backup)
+            os.replace(temporary, target)
+            if backup.is_dir() or not existed:
+                undo.callback(_remove, target)
+            elif len(targets) > 1:
+                undo.callback(os.replace, backup, target)
+        undo.pop_all()
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

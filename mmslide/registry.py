@@ -1,3 +1,4 @@
+from mmengine.registry import HOOKS as MMENGINE_HOOKS
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import WEIGHT_INITIALIZERS as MMENGINE_WEIGHT_INITIALIZERS
 from mmengine.registry import Registry
@@ -7,3 +8,4 @@ MODELS = Registry('model', parent=MMENGINE_MODELS, scope='mmslide', locations=['
 WEIGHT_INITIALIZERS = Registry(
     'weight initializer', parent=MMENGINE_WEIGHT_INITIALIZERS, scope='mmslide', locations=['mmslide.models.init']
 )
+HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope='mmslide', locations=['mmslide.hooks'])

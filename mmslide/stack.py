@@ -54,11 +54,28 @@ def check_versions() -> None:
 
 
 STATISTICS = ('min', 'max', 'current', 'mean')
+HISTORY = {'max_length', '_log_history', '_count_history'}
+
+
+class HistoryBufferState(HistoryBuffer):
+    """Stands in for HistoryBuffer while a checkpoint is read: it takes the history alone.
+
+    HistoryBuffer itself would put the checkpoint's `statistics_methods` into a dict that all buffers of the process
+    share.
+    """
+
+    def __setstate__(self, state: dict) -> None:
+        data = {key: value for key, value in state.items() if key != 'statistics_methods'}
+        if set(data) != HISTORY:
+            raise pickle.UnpicklingError(f'a HistoryBuffer must have {sorted(HISTORY)}, got {sorted(data)}')
+        self._set_default_statistics()
+        self.__dict__.update(data)
+        self.__class__ = HistoryBuffer  # as which it is saved again
 
 
 def history_buffer_statistic(owner: type, name: str) -> Callable:
     """Stands in for `getattr` in a checkpoint: hands out HistoryBuffer's own statistics methods and nothing else."""
-    if owner is HistoryBuffer and name in STATISTICS:
+    if owner in (HistoryBuffer, HistoryBufferState) and name in STATISTICS:
         return getattr(HistoryBuffer, name)
     raise pickle.UnpicklingError(
         f'a checkpoint may ask for {STATISTICS} of HistoryBuffer only, got {name!r} of {owner!r}'
@@ -68,18 +85,22 @@ def history_buffer_statistic(owner: type, name: str) -> Callable:
 def register_safe_globals() -> None:
     """Lets `torch.load(weights_only=True)`, and so mmengine's resume, read the message hub in mmengine's checkpoints.
 
-    The hub pickles HistoryBuffer objects, whose state refers to their methods through `getattr`. With the real one a
-    crafted file could reach and change anything, so its name is bound to `history_buffer_statistic`.
+    The hub pickles HistoryBuffer objects, whose state refers to their methods through `getattr`. With the real ones a
+    crafted file could reach and change anything, so both names are bound to stand-ins. NumPy's functions are bound to
+    their names in NumPy 1 and 2, so that either reads what the other wrote.
     """
     dtypes = (np.float64, np.float32, np.int64, np.int32, np.bool_)
     torch.serialization.add_safe_globals(
         [
-            HistoryBuffer,
+            (HistoryBufferState, f'{HistoryBuffer.__module__}.HistoryBuffer'),
             np.ndarray,
             np.dtype,
-            multiarray._reconstruct,
-            multiarray.scalar,
             *(type(np.dtype(x)) for x in dtypes),
+            *(
+                (getattr(multiarray, name), f'numpy.{package}.multiarray.{name}')
+                for name in ('_reconstruct', 'scalar')
+                for package in ('core', '_core')
+            ),
             (history_buffer_statistic, 'builtins.getattr'),
             (history_buffer_statistic, '__builtin__.getattr'),
         ]

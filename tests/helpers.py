@@ -1,12 +1,17 @@
+import io
 import json
+import runpy
 import subprocess
 import sys
 import zlib
 from collections.abc import Sequence
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -113,3 +118,15 @@ def load_host(model: nn.Module, host: nn.Module, folder: Path) -> nn.Module:
     torch.save(host.state_dict(), folder / 'host.pth')
     load_pretrained(model, str(folder / 'host.pth'))
     return model.eval()
+
+
+def tool_error(name: str, *arguments: object) -> str:
+    """The one message of a script of tools/ that ends with exit status 2, run in this process to save its imports."""
+    stderr = io.StringIO()
+    argv = [f'{name}.py', *map(str, arguments)]
+    with mock.patch.object(sys, 'argv', argv), redirect_stderr(stderr), pytest.raises(SystemExit) as end:
+        runpy.run_path(str(TOOLS / f'{name}.py'), run_name='__main__')
+    assert end.value.code == 2
+    text = stderr.getvalue()
+    assert text.startswith('error: '), text
+    return text.removeprefix('error: ').strip()

@@ -7,7 +7,6 @@ import torch
 from mmengine.config import Config
 
 from mmslide import engine
-from mmslide.files import find_config
 
 CONFIG = """
 default_scope = 'mmdet'
@@ -58,9 +57,38 @@ def test_work_dir_is_named_after_the_config(read, tmp_path):
 
 
 def test_unknown_options_are_refused(read):
-    with pytest.raises(ValueError, match=r"has no 'modle'; did you mean 'model'"):
-        read(**{'modle.backbone.arch': 'tiny'})
-    assert read(**{'randomness.seed': 3}).randomness.seed == 3  # the runner knows it, the config does not
+    for key in ('modle.backbone.arch', 'train_dataloder.batch_size', 'find_unused_parameter', 'complie'):
+        with pytest.raises(ValueError, match=rf"has no '{key.split('.')[0]}'; did you mean '"):
+            read(**{key: 'x'})
+    with pytest.warns(UserWarning, match=r"neither .*some_config\.py nor mmengine knows 'zzz'"):
+        assert read(zzz=1).zzz == 1
+
+
+@pytest.mark.parametrize(
+    'key',
+    [
+        *('find_unused_parameters', 'model_wrapper_cfg', 'sync_bn', 'compile', 'activation_checkpointing'),
+        *('custom_imports', 'runner_type', 'tta_model', 'tta_pipeline', 'efficient_conv_bn_eval'),
+        *('randomness.seed', 'auto_scale_lr.enable', 'load_from', 'param_scheduler', 'custom_hooks', 'model.new'),
+    ],
+)
+def test_what_the_config_or_mmengine_knows_is_accepted(key, read, recwarn):
+    value = read(**{key: 1})
+    for part in key.split('.'):
+        value = value[part]
+    assert value == 1
+    assert not [x for x in recwarn if '--cfg-options' in str(x.message)]
+
+
+def test_a_config_that_cannot_be_read_is_one_error(tmp_path):
+    for text, message in (
+        ('x = (', 'SyntaxError'),
+        ("_base_ = 'none.py'", 'none.py'),
+        ('x = undefined', "NameError: name 'undefined'"),
+    ):
+        (tmp_path / 'broken.py').write_text(text)
+        with pytest.raises(ValueError, match=rf'config .*broken\.py cannot be read: .*{message}'):
+            engine.config_from_file(str(tmp_path / 'broken.py'))
 
 
 def test_fall_back_to_cpu(read):
@@ -90,30 +118,131 @@ def test_missing_data_is_named(read, tmp_path):
     engine.check_data(config, 'train_dataloader')
 
 
-def test_last_whole_checkpoint_passes_over_damaged_ones(tmp_path):
-    assert engine.last_whole_checkpoint(str(tmp_path)) is None
+@pytest.fixture
+def save(tmp_path):
+    """Saves a checkpoint as mmengine does, with what tells a run from another."""
+
+    def save(name, iteration, time, cfg="model = dict(type='X')\nresume = False\n"):
+        meta = dict(epoch=iteration, iter=iteration, time=time, cfg=cfg)
+        content = dict(meta=meta, state_dict=dict(x=torch.randn(1000)), optimizer={}, message_hub={})
+        torch.save(content, tmp_path / name)
+        return str(tmp_path / name)
+
+    return save
+
+
+def name_last(folder, path):
+    (folder / 'last_checkpoint').write_text(str(path))
+
+
+def test_last_whole_checkpoint_skips_damaged_ones(save, tmp_path):
+    assert engine.last_whole_checkpoint(tmp_path) is None
     for epoch in (2, 9, 10):
-        torch.save(dict(x=torch.randn(1000)), tmp_path / f'epoch_{epoch}.pth')
+        save(f'epoch_{epoch}.pth', epoch, f'20260101_0000{epoch:02}')
     shutil.copy(tmp_path / 'epoch_2.pth', tmp_path / 'best_coco_bbox_mAP_epoch_11.pth')
-    assert engine.last_whole_checkpoint(str(tmp_path)) == str(tmp_path / 'epoch_10.pth')
+    name_last(tmp_path, tmp_path / 'epoch_10.pth')
+    assert engine.last_whole_checkpoint(tmp_path) == str(tmp_path / 'epoch_10.pth')
     content = (tmp_path / 'epoch_10.pth').read_bytes()
     flipped = bytearray(content)
     flipped[len(content) // 2] ^= 255
     for damaged in (content[:-200], content[: len(content) // 2], b'', bytes(flipped)):
         (tmp_path / 'epoch_10.pth').write_bytes(damaged)
-        with pytest.warns(UserWarning, match=r'epoch_10\.pth is incomplete'):
-            assert engine.last_whole_checkpoint(str(tmp_path)) == str(tmp_path / 'epoch_9.pth')
+        with pytest.warns(UserWarning, match=r'skipped: .*epoch_10\.pth is not a readable checkpoint'):
+            assert engine.last_whole_checkpoint(tmp_path) == str(tmp_path / 'epoch_9.pth')
 
 
-def test_old_checkpoint_format_is_whole(tmp_path):
-    path = tmp_path / 'epoch_1.pth'
-    torch.save(dict(x=torch.randn(10)), path, _use_new_zipfile_serialization=False)
-    engine.check_checkpoint(str(path))
-    path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(ValueError, match='is damaged or incomplete'):
-        engine.check_checkpoint(str(path))
-    with pytest.raises(FileNotFoundError, match='does not exist'):
-        engine.check_checkpoint(str(tmp_path / 'none.pth'))
+@pytest.mark.parametrize('record', ['there', 'missing', 'moved', 'damaged'])
+def test_the_interrupted_run_is_continued_not_the_highest_number(record, save, tmp_path):
+    """An old run got as far as epoch 12; a new one was interrupted after epoch 2."""
+    for epoch in (11, 12):
+        save(f'epoch_{epoch}.pth', epoch, f'20260101_0000{epoch}')
+    for epoch in (1, 2):
+        save(f'epoch_{epoch}.pth', epoch, f'20260202_0000{epoch:02}', 'model = dict(type="X")\nresume = True\n')
+    wanted = tmp_path / 'epoch_2.pth'
+    if record != 'missing':
+        name_last(tmp_path, '/elsewhere/epoch_2.pth' if record == 'moved' else wanted)
+    if record == 'damaged':
+        wanted.write_bytes(wanted.read_bytes()[:-100])
+        wanted = tmp_path / 'epoch_1.pth'
+    with pytest.warns(UserWarning, match='saved by another run') as warnings:
+        assert engine.last_whole_checkpoint(tmp_path) == str(wanted)
+    told = str(warnings[-1].message)
+    assert re.search(rf'epoch_11\.pth, .*epoch_12\.pth were saved by another run than {wanted}', told)
+    assert not re.search(r'epoch_[12]\.pth', told.split(' were saved')[0])
+
+
+def test_the_last_checkpoint_is_preferred_to_a_later_one(save, tmp_path):
+    first, second = save('epoch_1.pth', 1, '20260101_000001'), save('epoch_2.pth', 2, '20260101_000002')
+    name_last(tmp_path, first)
+    assert engine.last_whole_checkpoint(tmp_path) == first
+    name_last(tmp_path, second)
+    assert engine.last_whole_checkpoint(tmp_path) == second
+
+
+def test_what_differs_between_two_configs():
+    text = "model = dict(depth=1)\nlr = 1e-4\nwork_dir = 'a'\nload_from = None\n"
+    assert not engine.changed_settings(text, text.replace("'a'", "'b'").replace('None', "'x.pth'"))
+    assert engine.changed_settings(text, text.replace('depth=1', 'depth=2') + 'more = 1') == ['model', 'more']
+    assert engine.changed_settings('a = 1', 'not python (') == ['a']
+    assert engine.changed_settings('a = ' + '(' * 10000, '') == []
+
+
+def resumed(config, resume):
+    engine.set_resume(config, resume)
+    return config.get('load_from') if config.get('resume') else None
+
+
+def test_resume(save, tmp_path):
+    config = Config(dict(work_dir=str(tmp_path / 'work'), lr=1))
+    with pytest.warns(UserWarning, match='no whole checkpoint in .*work, training starts anew'):
+        assert resumed(config, 'auto') is None
+    path = save('epoch_1.pth', 1, '20260101_000001', config.pretty_text)
+    assert resumed(config, path) == path
+    config.lr = 2
+    with pytest.warns(UserWarning, match=r'epoch_1\.pth was saved with another lr; training goes on with the present'):
+        assert resumed(config, path) == path
+
+
+@pytest.mark.parametrize('resume', [None, 'elsewhere'])
+def test_a_new_run_names_the_checkpoints_of_an_earlier_one(resume, save, tmp_path, monkeypatch):
+    save('epoch_1.pth', 1, '20260101_000001')
+    save('iter_20.pth', 20, '20260101_000002')
+    if resume:
+        (tmp_path / resume).mkdir()
+        resume = shutil.copy(tmp_path / 'epoch_1.pth', tmp_path / resume)
+    config = Config(dict(work_dir=str(tmp_path), model=dict(type='X')))
+    with pytest.warns(
+        UserWarning, match=r'has checkpoints of an earlier run, .*overwrite.*: epoch_1\.pth, iter_20\.pth\. --resume'
+    ):
+        assert resumed(config, resume) == resume
+
+
+@pytest.mark.parametrize('missing', ['optimizer', 'message_hub', 'meta', 'everything'])
+def test_resume_from_what_is_no_checkpoint_of_a_training(missing, save, tmp_path):
+    path = save('x.pth', 1, '20260101_000001')
+    content = torch.load(path, weights_only=True)
+    content.pop(missing, None)
+    torch.save([1, 2] if missing == 'everything' else content, path)
+    message = {'meta': 'meta.epoch, meta.iter', 'everything': 'state_dict, optimizer'}.get(missing, missing)
+    config = Config(dict(work_dir=str(tmp_path / 'work'), model=dict(type='X')))
+    with pytest.raises(ValueError, match=rf'not a checkpoint of a training.*it has no {message}.*load_from={path}'):
+        engine.set_resume(config, path)
+    if missing == 'optimizer':
+        config.default_hooks = dict(checkpoint=dict(type='CheckpointHook', save_optimizer=False))
+        assert resumed(config, path) == path
+
+
+@pytest.mark.parametrize('checkpoint', ['http://127.0.0.1:9/pvt.pth', '/nowhere/pvt.pth'])
+def test_pretrained_weights_that_cannot_be_had(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
+    pretrained = dict(type='Pretrained', checkpoint=checkpoint)
+    for init_cfg, key in ((pretrained, 'init_cfg.checkpoint'), ([pretrained], r'init_cfg\.0\.checkpoint')):
+        config = Config(dict(model=dict(backbone=dict(init_cfg=init_cfg))))
+        message = rf'{re.escape(checkpoint)}.*--cfg-options model.backbone.{key}=FILE.*model.backbone.init_cfg=None'
+        with pytest.raises(OSError, match=message):
+            engine.check_pretrained(config)
+    with pytest.raises(OSError, match=re.escape(checkpoint)):
+        engine.check_pretrained(Config(dict(model={}, load_from=checkpoint)))
 
 
 def test_options_that_the_config_cannot_serve_are_refused():
@@ -132,12 +261,3 @@ def test_options_that_the_config_cannot_serve_are_refused():
     config.default_scope = 'other'
     with pytest.raises(ValueError, match="got 'other'"):
         engine.set_out(config, 'out')
-
-
-def test_find_config():
-    own = find_config('mask-rcnn_slide-pvt-t_fpn_1x_coco.py')
-    assert own.is_file()
-    assert find_config(str(own)) == own
-    for name in ('nowhere.py', 'folder/mask-rcnn_slide-pvt-t_fpn_1x_coco.py'):
-        with pytest.raises(FileNotFoundError, match=f'{name} is no file, and no config of mmslide'):
-            find_config(name)

@@ -3,6 +3,7 @@
 import os
 import pickle
 import re
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import cv2
 import pytest
 import torch
-from helpers import run, tool
+from helpers import run, tool, tool_error
 
 REPOSITORY = Path(__file__).parent.parent
 DETECTOR = REPOSITORY / 'configs/mini/cascade-mask-rcnn_slide-pvt-mini_fpn_mini-coco.py'
@@ -100,9 +101,8 @@ def test_fused_detector_predicts_the_same(detector, detection, tmp_path):
         assert torch.allclose(ours['scores'], wanted['scores'], atol=1e-6)
         assert torch.allclose(ours['bboxes'], wanted['bboxes'], atol=1e-3)
 
-    code, output = tool('test', DETECTOR, fused, '--work-dir', tmp_path, *detection, check=False)
-    assert code == 1
-    assert 'these weights are fused for inference' in output.strip().splitlines()[-1]
+    error = tool_error('test', DETECTOR, fused, '--work-dir', tmp_path, *detection)
+    assert 'these weights are fused for inference' in error
 
 
 def test_test_time_augmentation(detector, segmentor, detection, segmentation, tmp_path):
@@ -194,7 +194,7 @@ def test_training_killed_and_resumed(moment, whole, detection, tmp_path):
 
     output = tool('train', DETECTOR, '--resume', *options)
     assert f'resumed epoch: {whole}' in output
-    assert ('epoch_2.pth is incomplete' in output) == (whole == 1)
+    assert ('epoch_2.pth is not a readable checkpoint' in output) == (whole == 1)
     assert torch.load(work_dir / 'epoch_3.pth', weights_only=True)['meta']['epoch'] == 3
 
 
@@ -236,26 +236,70 @@ def test_two_processes_on_a_cpu(detection, tmp_path):
 @pytest.mark.parametrize(
     ('options', 'message'),
     [
-        (
-            ['data_root=/nowhere'],
-            'FileNotFoundError: /nowhere/annotations/instances_train2017.json, which train_dataloader',
-        ),
+        (['data_root=/nowhere'], '/nowhere/annotations/instances_train2017.json, which train_dataloader'),
         (
             ['model.backbone.arch=huge'],
             "arch must be one of ['tiny', 'small', 'medium', 'large'] or a dict, got arch='huge'",
         ),
         (['model.backbone.slide_stages=[0,7]'], 'slide_stages must be a list of different stages from 0 to 3'),
         (['modle.backbone.arch=tiny'], "has no 'modle'; did you mean 'model'?"),
+        (['model.backbone.no_such_argument=1'], "unexpected keyword argument 'no_such_argument'"),
+        (['model.backbone.type=mmslide.Slide'], 'mmslide.Slide is not in the'),
+        (['load_from=/nowhere/x.pth'], 'checkpoint /nowhere/x.pth does not exist'),
+        (['train_cfg.max_epochs'], 'not enough values to unpack'),
     ],
 )
 def test_one_clear_error(options, message, detection, tmp_path):
     marker = tmp_path / 'work/epoch_1.pth'
     marker.parent.mkdir()
     marker.write_text('an earlier training')
-    code, output = tool('train', DETECTOR, '--work-dir', marker.parent, *detection, *options, check=False)
-    assert code == 1
-    assert message in output.strip().splitlines()[-1]
+    error = tool_error('train', DETECTOR, '--work-dir', marker.parent, *detection, *options)
+    assert message in error
+    assert '\n' not in error
     assert marker.read_text() == 'an earlier training'
+
+
+BUG = """
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+
+@HOOKS.register_module()
+class BugHook(Hook):
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        raise ValueError('a bug')
+"""
+
+
+def test_a_bug_keeps_its_traceback(detection, tmp_path):
+    (tmp_path / 'bug.py').write_text(BUG)
+    config = tmp_path / 'config.py'
+    config.write_text(
+        f'_base_ = {str(DETECTOR)!r}\n'
+        "custom_imports = dict(imports=['mmslide', 'bug'], allow_failed_imports=False)\n"
+        "custom_hooks = [dict(type='BugHook')]\n"
+    )
+    environment = {**os.environ, 'PYTHONPATH': str(tmp_path)}
+    status, output = tool('train', config, '--work-dir', tmp_path, *detection, check=False, env=environment)
+    assert status == 1
+    assert 'Traceback' in output
+    assert output.strip().endswith('ValueError: a bug')
+
+
+# Found by the runner, and by a process of the data loader in the first iteration.
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        (['optim_wrapper.optimizer.lrr=1'], "unexpected keyword argument 'lrr'"),
+        (['train_dataloader.dataset.pipeline.0.backend_args.backend=x', 'train_dataloader.num_workers=1'], "'x'"),
+    ],
+)
+def test_one_clear_error_of_what_the_runner_builds(options, message, detection, tmp_path):
+    status, output = tool('train', DETECTOR, '--work-dir', tmp_path, *detection, *options, check=False)
+    assert status == 2
+    assert 'Traceback' not in output
+    last = output.strip().splitlines()[-1]
+    assert last.startswith('error: ')
+    assert message in last
 
 
 def test_truncated_checkpoint_is_one_clear_error(detector, detection, tmp_path):
@@ -270,8 +314,82 @@ def test_truncated_checkpoint_is_one_clear_error(detector, detection, tmp_path):
         ['train', DETECTOR, '--resume', broken, *options],
         ['train', config, *options],
     ):
-        code, output = tool(*command, check=False)
-        assert code == 1
-        last = output.strip().splitlines()[-1]
-        assert str(broken) in last
-        assert 'damaged' in last
+        error = tool_error(*command)
+        assert str(broken) in error
+        assert 'damaged' in error
+    assert not (tmp_path / 'work').exists()
+
+
+def test_no_network_is_one_message_and_no_work_dir(detection, tmp_path):
+    config = tmp_path / 'pretrained.py'
+    init_cfg = "dict(_delete_=True, type='Pretrained', checkpoint='http://127.0.0.1:9/pvt_tiny.pth')"
+    config.write_text(f'_base_ = {str(DETECTOR)!r}\nmodel = dict(backbone=dict(init_cfg={init_cfg}))\n')
+    error = tool_error('train', config, '--work-dir', tmp_path / 'work', *detection)
+    for part in ('http://127.0.0.1:9/pvt_tiny.pth', 'init_cfg.checkpoint=FILE', 'init_cfg=None'):
+        assert part in error
+    assert not (tmp_path / 'work').exists()
+
+
+@pytest.mark.parametrize('which', ['segmentor', 'empty', 'headless', 'stages', 'nothing'])
+def test_a_checkpoint_that_does_not_fit_is_refused(which, detector, segmentor, detection, tmp_path):
+    content = torch.load(detector, weights_only=True)
+    options, message = [], rf'does not fit {re.escape(str(DETECTOR))}: \d+ keys missing \(\S'
+    if which == 'segmentor':
+        content = torch.load(segmentor, weights_only=True)
+    elif which == 'empty':
+        content['state_dict'], message = {}, 'holds no state dict'
+    elif which == 'headless':
+        content['state_dict'] = {k: v for k, v in content['state_dict'].items() if not k.startswith('roi_head.')}
+    elif which == 'stages':
+        options = ['model.backbone.slide_stages=[0]']
+    else:
+        content, message = dict(x=1), 'holds no state dict'
+    path = tmp_path / 'other.pth'
+    torch.save(content, path)
+    options = ['--work-dir', tmp_path / 'work', *detection, *options]
+    assert re.search(message, tool_error('test', DETECTOR, path, *options))
+    resumed = tool_error('train', DETECTOR, '--resume', path, *options)
+    assert re.search('not a checkpoint of a training' if which == 'nothing' else message, resumed)
+    assert not (tmp_path / 'work').exists()
+
+
+DIVERGE = """
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+
+@HOOKS.register_module()
+class DivergeHook(Hook):
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        if runner.iter == 2:
+            runner.model.rpn_head.rpn_cls.bias.data.fill_(float('nan'))
+"""
+
+
+def test_a_training_that_diverges_stops_and_keeps_its_last_checkpoint(detection, tmp_path):
+    (tmp_path / 'diverge.py').write_text(DIVERGE)
+    config = tmp_path / 'config.py'
+    config.write_text(
+        f'_base_ = {str(DETECTOR)!r}\n'
+        "custom_imports = dict(imports=['mmslide', 'diverge'], allow_failed_imports=False)\n"
+        "custom_hooks = [dict(type='DivergeHook')]\n"
+    )
+    options = [*detection, 'train_cfg.max_epochs=2', 'train_cfg.val_interval=9']
+    environment = {**os.environ, 'PYTHONPATH': str(tmp_path)}
+    status, output = tool('train', config, '--work-dir', tmp_path, *options, check=False, env=environment)
+    assert status == 2
+    assert 'Traceback' not in output
+    message = output.strip().splitlines()[-1]
+    assert 'rpn_head.rpn_cls.bias' in message
+    assert f'The last checkpoint with finite weights is {tmp_path}/epoch_1.pth' in message
+    assert [path.name for path in tmp_path.glob('*.pth')] == ['epoch_1.pth']
+
+
+def test_a_new_run_in_an_old_ones_folder_says_so(detector, detection, tmp_path):
+    shutil.copy(detector, tmp_path / 'epoch_12.pth')
+    options = ['--work-dir', tmp_path, *detection, 'train_cfg.val_interval=9']
+    output = tool('train', DETECTOR, *options, 'train_cfg.max_epochs=1')
+    assert re.search(r'has checkpoints of an earlier run, and this one will overwrite .*: epoch_12\.pth\.', output)
+    output = tool('train', DETECTOR, *options, 'train_cfg.max_epochs=2', '--resume')
+    assert 'epoch_12.pth were saved by another run' in output
+    assert 'was saved with another train_cfg; training goes on with the present config' in output
+    assert 'resumed epoch: 1' in output

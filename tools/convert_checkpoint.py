@@ -1,10 +1,10 @@
 """Writes a checkpoint in another layout: `python tools/convert_checkpoint.py IN OUT --to authors`."""
 
 import argparse
-import sys
 
 from rich.console import Console
 
+from mmslide.cli import INPUT_ERRORS, exit_on
 from mmslide.weights import convert_checkpoint
 from mmslide.weights.layouts import TARGETS
 
@@ -17,10 +17,8 @@ def main() -> None:
         '--to', choices=list(TARGETS), default='mmslide', help="of Twins' weights; other backbones go to mmslide only"
     )
     args = parser.parse_args()
-    try:
+    with exit_on(*INPUT_ERRORS):
         table = convert_checkpoint(args.checkpoint, args.out, args.to)
-    except (ImportError, OSError, RuntimeError, ValueError) as error:
-        sys.exit(f'error: {error}')
     print(f'{args.checkpoint} to {args.out}')
     Console().print(table)
 

@@ -1,8 +1,8 @@
 """Writes a trained model as ONNX: `python tools/export_onnx.py CONFIG CHECKPOINT OUT.onnx --shape 512 512`."""
 
 import argparse
-import sys
 
+from mmslide.cli import INPUT_ERRORS, exit_on
 from mmslide.deploy.onnx import PARTS, export_onnx
 
 
@@ -18,12 +18,10 @@ def main() -> None:
         '--images', nargs='+', default=[], metavar='FILE', help='pictures to compare the results on too'
     )
     args = parser.parse_args()
-    try:
+    with exit_on(*INPUT_ERRORS, RuntimeError):  # the last if onnxruntime's results differ
         lines = export_onnx(
             args.config, args.checkpoint, args.out, args.part, tuple(args.shape), args.dynamic, args.images
         )
-    except (OSError, RuntimeError, ValueError) as error:
-        sys.exit(f'error: {error}')
     print(*lines, f'{args.out} is written', sep='\n')
 
 

@@ -1,8 +1,8 @@
 """Writes a checkpoint fused for inference, and its config: `python tools/fuse_checkpoint.py CONFIG CHECKPOINT OUT`."""
 
 import argparse
-import sys
 
+from mmslide.cli import INPUT_ERRORS, exit_on
 from mmslide.deploy import fuse_checkpoint
 
 
@@ -12,10 +12,8 @@ def main() -> None:
     parser.add_argument('checkpoint', metavar='CHECKPOINT', help='file or URL of the trained weights')
     parser.add_argument('out', metavar='OUT', help='file to write, NAME.pth; the config becomes NAME.py')
     args = parser.parse_args()
-    try:
+    with exit_on(*INPUT_ERRORS):
         config = fuse_checkpoint(args.config, args.checkpoint, args.out)
-    except (OSError, ValueError) as error:
-        sys.exit(f'error: {error}')
     print(f'{args.checkpoint}, fused, to {args.out}; for it there is {config}')
 
 

@@ -2,10 +2,11 @@
 
 import argparse
 
-from mmengine.config import Config, DictAction
+from mmengine.config import DictAction
 from rich.console import Console
 
-from mmslide.files import find_config
+from mmslide.cli import INPUT_ERRORS, exit_on
+from mmslide.engine import config_from_file, merge_options
 from mmslide.flops import complexity_table, count_complexity
 
 
@@ -19,11 +20,15 @@ def main() -> None:
         metavar=('HEIGHT', 'WIDTH'),
         help='of the image in pixels; 800 1280 for detection and 512 2048 for segmentation if not given',
     )
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, help='changes to the config, as key=value')
-    args = parser.parse_args()
-    cfg = Config.fromfile(find_config(args.config))
-    cfg.merge_from_dict(args.cfg_options or {})
-    Console().print(complexity_table(count_complexity(cfg, args.shape)))
+    parser.add_argument(
+        '--cfg-options', nargs='+', action=DictAction, default={}, help='changes to the config, as key=value'
+    )
+    with exit_on(*INPUT_ERRORS):
+        args = parser.parse_args()
+        config = config_from_file(args.config)
+        merge_options(config, args.cfg_options)
+        complexity = count_complexity(config, args.shape)
+    Console().print(complexity_table(complexity))
 
 
 if __name__ == '__main__':

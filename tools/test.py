@@ -1,6 +1,7 @@
 """Tests a detector or a segmentor."""
 
 from mmslide import engine
+from mmslide.cli import INPUT_ERRORS, exit_on
 
 
 def main() -> None:
@@ -8,22 +9,24 @@ def main() -> None:
     parser.add_argument('checkpoint', help='checkpoint file')
     parser.add_argument('--out', help='predictions: a .pkl file for detection, a folder of label maps for segmentation')
     parser.add_argument('--show', action='store_true', help='show predictions in a window')
-    parser.add_argument('--show-dir', help='folder for pictures of predictions beside the ground truth')
+    parser.add_argument('--show-dir', help='folder for images of predictions beside the ground truth')
     parser.add_argument('--wait-time', type=float, default=2, help='seconds between the windows of --show')
     parser.add_argument('--tta', action='store_true', help='test-time augmentation')
-    args = parser.parse_args()
-
-    config = engine.read_config(args)
-    engine.check_data(config, 'test_dataloader')
-    engine.check_checkpoint(args.checkpoint)
-    config.load_from = args.checkpoint
-    if args.show or args.show_dir:
-        engine.set_show(config, args.show, args.show_dir, args.wait_time)
-    if args.tta:
-        engine.set_tta(config)
-    if args.out:
-        engine.set_out(config, args.out)
-    engine.build_runner(config).test()
+    with exit_on(*INPUT_ERRORS):
+        args = parser.parse_args()
+        config = engine.read_config(args)
+        engine.fall_back_to_cpu(config)
+        engine.check_data(config, 'test_dataloader')
+        engine.check_model(config, args.config, args.checkpoint)
+        config.load_from = args.checkpoint
+        if args.show or args.show_dir:
+            engine.set_show(config, args.show, args.show_dir, args.wait_time)
+        if args.tta:
+            engine.set_tta(config)
+        if args.out:
+            engine.set_out(config, args.out)
+        runner = engine.build_runner(config)
+    engine.launch(runner, runner.test)
 
 
 if __name__ == '__main__':

@@ -1,6 +1,7 @@
 """Trains a detector or a segmentor."""
 
 from mmslide import engine
+from mmslide.cli import INPUT_ERRORS, exit_on
 
 
 def main() -> None:
@@ -14,17 +15,20 @@ def main() -> None:
         metavar='FILE',
         help='continue from a checkpoint; without FILE from the last whole one in the work dir',
     )
-    args = parser.parse_args()
-
-    config = engine.read_config(args)
-    engine.check_data(config, 'train_dataloader', 'val_dataloader')
-    if args.amp:
-        config.optim_wrapper.update(type='AmpOptimWrapper', loss_scale='dynamic')
-    if args.auto_scale_lr:
-        engine.set_auto_scale_lr(config)
-    if args.resume:
+    with exit_on(*INPUT_ERRORS):
+        args = parser.parse_args()
+        config = engine.read_config(args)
+        if args.amp:
+            config.optim_wrapper.update(type='AmpOptimWrapper', loss_scale='dynamic')
+        if args.auto_scale_lr:
+            engine.set_auto_scale_lr(config)
+        engine.fall_back_to_cpu(config)
+        engine.check_data(config, 'train_dataloader', 'val_dataloader')
         engine.set_resume(config, args.resume)
-    engine.build_runner(config).train()
+        engine.check_model(config, args.config, config.load_from if config.get('resume') else None)
+        engine.check_pretrained(config)
+        runner = engine.build_runner(config)
+    engine.launch(runner, runner.train)
 
 
 if __name__ == '__main__':

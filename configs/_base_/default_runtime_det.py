@@ -8,6 +8,7 @@ default_hooks = dict(
     param_scheduler=dict(type='ParamSchedulerHook'),
     # Two at least: mmengine deletes the old checkpoint before it writes the new one.
     checkpoint=dict(type='CheckpointHook', interval=1, max_keep_ckpts=2),
+    non_finite=dict(type='mmslide.CheckNonFiniteHook'),
     sampler_seed=dict(type='DistSamplerSeedHook'),
     visualization=dict(type='DetVisualizationHook'),
 )

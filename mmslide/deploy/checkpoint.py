@@ -3,62 +3,59 @@ from typing import Any
 
 import torch
 from mmengine.config import Config
-from mmengine.model import revert_sync_batchnorm
-from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 
-from mmslide.files import find_config, replacing
-from mmslide.weights.load import find_state_dict, read_checkpoint
+from mmslide.build import build_model, load_weights
+from mmslide.checkpoints import check_finite, find_state_dict, read_checkpoint
+from mmslide.files import atomic_write, find_config
 
 from .fuse import fuse
 
+MARK = '# Written by tools/fuse_checkpoint.py, for the checkpoint of the same name.\n'
 
-def load_model(config: str, checkpoint: str) -> tuple[Config, nn.Module, dict[str, Any]]:
+
+def load_model(config: str | Path, checkpoint: str | Path) -> tuple[Config, nn.Module, dict[str, Any]]:
     """The config, its model with the weights of a checkpoint, in eval mode, and the checkpoint's meta data.
 
     Raises:
-        ValueError: the config's model has no backbone, or the checkpoint cannot be read or does not fit it.
-        FileNotFoundError: one of the files does not exist.
+        OSError: one of the files cannot be read.
+        ValueError: the config's model has no backbone; or the checkpoint is damaged, does not fit, or has NaN or
+            infinite weights.
     """
     cfg = Config.fromfile(find_config(config))
     if 'backbone' not in cfg.get('model', {}):
         raise ValueError(f'{config} must have a model with a backbone')
     content = read_checkpoint(checkpoint)
     state = find_state_dict(content, checkpoint)
-    with DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
-        model = revert_sync_batchnorm(MODELS.build(cfg.model)).eval()
-    try:
-        missing, unexpected = model.load_state_dict(state, strict=False)
-    except RuntimeError as error:  # shapes
-        raise ValueError(f'{checkpoint} does not fit {config}: {error}') from error
-    if missing or unexpected:
-        lists = {'missing': missing, 'unexpected': unexpected}
-        problem = ', '.join(f'{len(keys)} keys {what} ({keys[0]}, ...)' for what, keys in lists.items() if keys)
-        raise ValueError(f'{checkpoint} does not fit {config}: {problem}')
-    return cfg, model, content.get('meta', {})
+    check_finite(state, checkpoint)
+    model = build_model(cfg).eval()
+    load_weights(model, state, checkpoint, config)
+    return cfg, model, content.get('meta') or {}
 
 
-def fuse_checkpoint(config: str, checkpoint: str, out: str) -> Path:
+def fuse_checkpoint(config: str | Path, checkpoint: str | Path, out: str | Path) -> Path:
     """Writes a trained model's checkpoint fused (see `fuse`) to `out`, marked `meta['fused']`, and beside it the config
     that builds the model for it, under the same name with .py.
 
-    Both appear whole or not at all. The state of the training (optimizer, schedules, logs) is left out.
+    Both appear, whole, or none of them. The state of the training (optimizer, schedules, logs) is left out.
 
     Returns:
         The path of the config.
 
     Raises:
-        ValueError, FileNotFoundError: see `load_model`; or out or the config beside it is one of the inputs.
-        OSError: out cannot be written.
+        ValueError: see `load_model` and `atomic_write`; or the config would replace a file that this function did not
+            write.
+        OSError: see `load_model`; or out cannot be written.
     """
     out_config = Path(out).with_suffix('.py')
-    for path in (Path(out), out_config):
-        if path.resolve() in (Path(config).resolve(), Path(checkpoint).resolve()):
-            raise ValueError(f'{path} would be overwritten: choose another name or folder for {out}')
-    with replacing(out) as weights, replacing(out_config) as text:
+    if out_config.exists() and not out_config.read_bytes().startswith(MARK.encode()):
+        raise ValueError(
+            f'{out_config} exists and is not the config of a fused checkpoint: choose another name for {out}'
+        )
+    with atomic_write(out, out_config, inputs=[find_config(config), checkpoint]) as (weights, text):
         cfg, model, meta = load_model(config, checkpoint)
         cfg.model.backbone.update(deploy=True, init_cfg=None)
         meta = {**meta, 'cfg': cfg.pretty_text, 'fused': True}
         torch.save(dict(meta=meta, state_dict=fuse(model).state_dict()), weights)
-        text.write_text(cfg.pretty_text)
+        text.write_text(MARK + cfg.pretty_text)
     return out_config

@@ -12,7 +12,7 @@ from mmengine.config import Config
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mmslide.files import replacing
+from mmslide.files import atomic_write, find_config
 from mmslide.models.attention import SlideAttention
 
 from .checkpoint import load_model
@@ -187,7 +187,7 @@ def export_onnx(
         raise ValueError(f'part must be one of {PARTS}, got {name!r}')
     if min(shape) < MIN_SIDE:
         raise ValueError(f'shape must be at least {MIN_SIDE} pixels a side, got {tuple(shape)}')
-    with replacing(out) as path:
+    with atomic_write(out, inputs=[find_config(config), checkpoint, *images]) as (path,):
         cfg, model, meta = load_model(config, checkpoint)
         values = preprocessing(cfg, meta)
         pictures = {file: prepare(file, values, shape) for file in images}

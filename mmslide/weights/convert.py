@@ -1,13 +1,16 @@
+from pathlib import Path
+
 import torch
 from rich.table import Table
 
-from mmslide.files import replacing
+from mmslide.checkpoints import check_finite, import_safetensors, is_safetensors, read_state_dict
+from mmslide.files import atomic_write
 
 from .layouts import from_ours, to_ours
-from .load import find_prefix, import_safetensors, is_safetensors, key_table, read_state_dict
+from .load import find_prefix, key_table
 
 
-def convert_checkpoint(checkpoint: str, out: str, layout: str) -> Table:
+def convert_checkpoint(checkpoint: str | Path, out: str | Path, layout: str) -> Table:
     """Writes the weights of a checkpoint of any layout in `mmslide.weights.layouts` in another layout.
 
     The backbone of a whole detector, segmentor or classifier is converted in its place, all other weights are kept.
@@ -22,13 +25,14 @@ def convert_checkpoint(checkpoint: str, out: str, layout: str) -> Table:
         What was read, written and kept.
 
     Raises:
-        ValueError: the checkpoint cannot be read or is no backbone's, the layout has no place for it, or the folder of
-            out does not exist.
-        OSError: out cannot be written.
+        OSError: the checkpoint cannot be read, or out cannot be written.
+        ValueError: the checkpoint is damaged, is no backbone's, or has NaN or infinite weights; the layout has no place
+            for it; or see `atomic_write`.
         ImportError: a .safetensors file is named, and the package safetensors is not installed.
     """
-    with replacing(out) as path:
+    with atomic_write(out, inputs=[checkpoint]) as (path,):
         source = read_state_dict(checkpoint)
+        check_finite(source, checkpoint)
         prefix = find_prefix(source)
         backbone = {key.removeprefix(prefix): value for key, value in source.items() if key.startswith(prefix)}
         name, ours = to_ours(backbone)
@@ -36,7 +40,7 @@ def convert_checkpoint(checkpoint: str, out: str, layout: str) -> Table:
         state = {key: value for key, value in source.items() if not key.startswith(prefix)} | converted
         if is_safetensors(out):
             contiguous = {key: value.contiguous() for key, value in state.items()}  # it refuses others
-            import_safetensors(out).torch.save_file(contiguous, path)
+            import_safetensors().torch.save_file(contiguous, path)
         else:
             torch.save(state, path)
     return key_table(

@@ -5,14 +5,14 @@ say) is passed through unchanged, so that the loader can report it.
 """
 
 import re
+import warnings
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
+from mmslide.checkpoints import StateDict
 from mmslide.ops import fixed_shift, merge_paths
 
-StateDict = dict[str, Tensor]
 Rules = list[tuple[str, str]]
 
 MLP: Rules = [(r'\.mlp\.fc1\.', '.ffn.layers.0.0.'), (r'\.mlp\.fc2\.', '.ffn.layers.1.')]
@@ -108,18 +108,25 @@ def _slide_swin(state: StateDict) -> StateDict:
 def slide_attention(state: StateDict) -> StateDict:
     """One Slide Attention module from the authors' layout, whose qkv channels are ordered (head, [q, k, v], d).
 
-    Raises:
-        ValueError: the fixed shift kernels are not the shift.
+    Where the fixed kernels have moved away from the shift, the difference is added to the learned ones.
     """
     weight, table = state['dep_conv1.weight'], state['relative_position_bias_table']
     kernel_size, heads = weight.shape[-1], table.shape[1]
     slots = kernel_size**2
-    shift = state.get('dep_conv.weight')
-    if shift is not None and not (shift.view(-1, slots, slots) == torch.eye(slots, device=shift.device)).all():
-        raise ValueError('dep_conv.weight must be the fixed shift: for each channel one tap a slot, in row-major order')
+    # Depthwise with groups: channel c owns the outputs c·k² to c·k² + k² - 1.
+    weight = weight.view(-1, slots, kernel_size, kernel_size)
+    if 'dep_conv.weight' in state:
+        # In float32, where the difference from the shift's 1 is exact.
+        moved = state['dep_conv.weight'].view(weight.shape).float() - fixed_shift(kernel_size).to(weight.device)
+        if moved.any():
+            warnings.warn(
+                f'dep_conv.weight is not the fixed shift (largest difference {float(moved.abs().max()):.1e}): the '
+                'difference is added to the deformed kernels',
+                stacklevel=2,
+            )
+            weight = weight + moved
     out = {
-        # Depthwise with groups: channel c owns the outputs c·k² to c·k² + k² - 1.
-        'deform_weight': weight.view(-1, slots, kernel_size, kernel_size),
+        'deform_weight': weight,
         'deform_bias': state['dep_conv1.bias'].view(-1, slots),
         'shift_bias': state['dep_conv.bias'].view(-1, slots),
         'relative_position_bias': table.view(heads, slots),

@@ -1,21 +1,20 @@
-import argparse
 import io
 import re
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
-from urllib.error import URLError
 
 import torch
 import torch.nn.functional as F
-from mmengine import fileio
 from mmengine.logging import MMLogger
-from mmengine.runner.checkpoint import CheckpointLoader
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from .layouts import StateDict, fuse_slide_attention, to_ours
+from mmslide.checkpoints import StateDict, read_state_dict
+
+from .layouts import fuse_slide_attention, to_ours
 
 # What a host's weights cannot have: Slide Attention's own parameters, which start as plain local attention, and the
 # norms of a backbone's outputs.
@@ -24,12 +23,13 @@ OPTIONAL = re.compile(
 )
 
 
-def load_pretrained(model: nn.Module, checkpoint: str, prefix: str | None = None, map_location: Any = 'cpu') -> None:
+def load_pretrained(
+    model: nn.Module, checkpoint: str | Path, prefix: str | None = None, map_location: Any = 'cpu'
+) -> None:
     """Starts a backbone from a checkpoint of any layout in `mmslide.weights.layouts`.
 
     Position embeddings and relative position bias tables are resized; for a model with deploy=True the two paths of
-    Slide Attention are merged. What was missing, unexpected or resized is logged
-    as one table.
+    Slide Attention are merged. What was missing, unexpected or resized is logged as one table.
 
     Args:
         model: one of our backbones.
@@ -38,9 +38,9 @@ def load_pretrained(model: nn.Module, checkpoint: str, prefix: str | None = None
         prefix: takes only the keys that begin with it. None finds 'backbone.' by itself.
 
     Raises:
-        ValueError: the file cannot be read, holds something else, or weights of another host or another size, or fused
-            ones for a model that is not.
-        ImportError: it is a .safetensors file, and the package safetensors is not installed.
+        OSError, ImportError: the file cannot be read, see `mmslide.checkpoints.read_checkpoint`.
+        ValueError: it is damaged, holds something else, or weights of another host or another size, or fused ones for a
+            model that is not.
     """
     content = read_state_dict(checkpoint, map_location)
     if prefix is None:
@@ -87,48 +87,6 @@ def load_pretrained(model: nn.Module, checkpoint: str, prefix: str | None = None
     log('pretrained weights of %s, %s layout\n%s', checkpoint, layout, text.getvalue())
 
 
-def read_state_dict(checkpoint: str, map_location: Any = 'cpu') -> StateDict:
-    """The tensors of a checkpoint file or URL, out of their wrappers 'state_dict', 'model' and 'module.'.
-
-    A name that ends in .safetensors is read as that format, everything else as torch's.
-
-    Raises:
-        ValueError: the file cannot be read (in torch's sandbox), or holds no state dict.
-        ImportError: it is a .safetensors file, and the package safetensors is not installed.
-    """
-    return find_state_dict(read_checkpoint(checkpoint, map_location), checkpoint)
-
-
-def read_checkpoint(checkpoint: str, map_location: Any = 'cpu') -> Any:
-    """What a checkpoint file or URL holds, meta data and all. See `read_state_dict`."""
-    return _read_safetensors(checkpoint) if is_safetensors(checkpoint) else _read_torch(checkpoint, map_location)
-
-
-def find_state_dict(content: Any, checkpoint: str) -> StateDict:
-    """The tensors of what `read_checkpoint` has read. See `read_state_dict`."""
-    for wrapper in ('state_dict', 'model'):
-        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
-            content = content[wrapper]
-    if not isinstance(content, dict) or not any(isinstance(x, Tensor) for x in content.values()):
-        raise ValueError(f'{checkpoint} holds no state dict, but {type(content).__name__}')
-    state = {key: value for key, value in content.items() if isinstance(value, Tensor)}
-    if any(key.startswith('module.') for key in state):
-        state = {key.removeprefix('module.'): value for key, value in state.items()}
-    return state
-
-
-def is_safetensors(path: str) -> bool:
-    return path.endswith('.safetensors')
-
-
-def import_safetensors(path: str) -> Any:
-    try:
-        import safetensors.torch
-    except ImportError as error:
-        raise ImportError(f'{path} needs the package safetensors. Run: pip install safetensors') from error
-    return safetensors
-
-
 def find_prefix(state: StateDict) -> str:
     """What the backbone's keys begin with."""
     return 'backbone.' if any(key.startswith('backbone.') for key in state) else ''
@@ -144,29 +102,6 @@ def key_table(groups: Mapping[str, Sequence[str]]) -> Table:
             table.add_row(what, pattern, str(count) if pattern else '')
         table.add_section()
     return table
-
-
-def _read_safetensors(checkpoint: str) -> Any:
-    safetensors = import_safetensors(checkpoint)
-    try:
-        return safetensors.torch.load(fileio.get(checkpoint))
-    except safetensors.SafetensorError as error:
-        raise ValueError(f'{checkpoint} is not a readable checkpoint: {error}') from error
-
-
-def _read_torch(checkpoint: str, map_location: Any) -> Any:
-    # What the authors' training scripts keep beside the weights; read as plain containers, here only.
-    harmless: list = [(OrderedDict, 'yacs.config.CfgNode'), (argparse.Namespace, 'argparse.Namespace')]
-    try:
-        with torch.serialization.safe_globals(harmless):
-            # torch.load inside, with weights_only=True as its default.
-            return CheckpointLoader.load_checkpoint(checkpoint, map_location=map_location)
-    except (FileNotFoundError, PermissionError, URLError):
-        raise
-    except Exception as error:  # a damaged file can fail anywhere in the unpickler, in any way
-        raise ValueError(
-            f'{checkpoint} is not a readable checkpoint (damaged, or more than weights): {error}'
-        ) from error
 
 
 def _host_kinds(state: StateDict) -> set[str]:
@@ -208,6 +143,11 @@ def _fit_map(value: Tensor, wanted: Tensor) -> Tensor:
         count = value.shape[1]
         side = int(count**0.5)
         size = (height, width) if count in (height * width, height * width + 1) else (side, side)
+        if count - size[0] * size[1] not in (0, 1):
+            raise ValueError(
+                f'a position embedding of {count} positions fits neither the {height}×{width} map of this model nor a '
+                'square one: build the model with the pretrain_img_size of the checkpoint'
+            )
         value = value[:, count - size[0] * size[1] :].unflatten(1, size)
     if value.shape == wanted.shape:
         return value

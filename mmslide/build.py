@@ -1,0 +1,41 @@
+import copy
+from pathlib import Path
+
+from mmengine.config import Config
+from mmengine.model import revert_sync_batchnorm
+from mmengine.registry import MODELS, DefaultScope
+from torch import nn
+
+from mmslide.checkpoints import StateDict, listed
+
+
+def build_model(cfg: Config) -> nn.Module:
+    """The model of a whole config of mmdet or mmseg, its SyncBN as BN, on the CPU."""
+    with DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
+        # A copy, since mmdet's detectors add to the config of their heads.
+        return revert_sync_batchnorm(MODELS.build(copy.deepcopy(cfg.model)))
+
+
+def load_weights(model: nn.Module, state: StateDict, checkpoint: str | Path, config: str | Path) -> None:
+    """Loads a state dict that must fit the model of a config whole.
+
+    Raises:
+        ValueError: keys are missing, unexpected, or of another shape.
+    """
+    shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    other = [key for key in state if shapes.get(key, tuple(state[key].shape)) != tuple(state[key].shape)]
+    try:
+        missing, unexpected = model.load_state_dict(
+            {key: value for key, value in state.items() if key not in other}, strict=False
+        )
+    except (RuntimeError, ValueError) as error:  # of modules that convert what they load
+        raise ValueError(f'{checkpoint} does not fit {config}: {error}') from error
+    problems = {
+        # PyTorch before 0.4.1 counted no batches.
+        'missing': [key for key in missing if key not in other and not key.endswith('num_batches_tracked')],
+        'unexpected': unexpected,
+        'of another shape': [f'{key} {tuple(state[key].shape)} instead of {shapes[key]}' for key in other],
+    }
+    if any(problems.values()):
+        problem = ', '.join(f'{len(keys)} keys {what} ({listed(keys)})' for what, keys in problems.items() if keys)
+        raise ValueError(f'{checkpoint} does not fit {config}: {problem}')

@@ -1,0 +1,224 @@
+"""The one place where checkpoints are read: fetched, checked for damage, and unpickled with `weights_only=True`.
+
+mmengine's own loaders unpickle what a URL gives them without that, so `register_reader` puts ours in their place.
+"""
+
+import argparse
+import os
+import re
+import zipfile
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import torch
+from filelock import FileLock
+from mmengine import fileio
+from mmengine.runner import checkpoint as mmengine_checkpoint
+from torch import Tensor
+
+StateDict = dict[str, Tensor]
+
+# Schemes that stand for an address in one of mmengine's tables.
+ALIASES = {
+    'torchvision': mmengine_checkpoint.get_torchvision_models,
+    'modelzoo': mmengine_checkpoint.get_torchvision_models,
+    'open-mmlab': mmengine_checkpoint.get_external_models,
+    'openmmlab': mmengine_checkpoint.get_external_models,
+    'mmcls': mmengine_checkpoint.get_mmcls_models,
+}
+OBJECT_STORES = (r'(\S+\:)?s3://', r'(\S+\:)?petrel://')
+# What the authors' training scripts keep beside the weights; read as plain containers.
+HARMLESS: list = [(OrderedDict, 'yacs.config.CfgNode'), (argparse.Namespace, 'argparse.Namespace')]
+
+
+def register_reader() -> None:
+    """Makes mmengine read every checkpoint through `read_checkpoint`: for resume, test, `load_from`, `init_cfg` and in
+    inferencers.
+    """
+    prefixes = ['', 'http://', 'https://', 'pavi://', *OBJECT_STORES, *(f'{alias}://' for alias in ALIASES)]
+    mmengine_checkpoint.CheckpointLoader.register_scheme(prefixes, load_from_mmslide, force=True)
+
+
+def load_from_mmslide(filename: str, map_location: Any = None, **_: Any) -> Any:
+    """`read_checkpoint` as mmengine calls it, which logs a part of this function's name."""
+    content = read_checkpoint(filename, map_location)
+    if filename.startswith('mmcls://'):
+        return mmengine_checkpoint._process_mmcls_checkpoint(content)
+    if isinstance(content, dict) and isinstance(content.get('meta'), dict):
+        content['meta'].pop('config', None)  # mmengine never writes it, but runs it as Python code on resume
+    return content
+
+
+def read_checkpoint(checkpoint: str | Path, map_location: Any = 'cpu') -> Any:
+    """What a checkpoint file or URL holds, meta data and all.
+
+    A name that ends in .safetensors is read as that format, everything else as torch's. Nothing in the file is run.
+
+    Args:
+        checkpoint: a file, or a URL of any scheme that mmengine knows.
+        map_location: as in `torch.load`.
+
+    Raises:
+        OSError: the file does not exist or is not readable, or the URL cannot be fetched.
+        ValueError: the file is damaged, or holds more than tensors and plain values.
+        ImportError: it is a .safetensors file, and the package safetensors is not installed.
+    """
+    name = str(checkpoint)
+    with _local_file(name) as file:
+        try:
+            file.open('rb').close()
+        except FileNotFoundError:
+            raise FileNotFoundError(f'checkpoint {name} does not exist') from None
+        except OSError as error:
+            raise type(error)(f'checkpoint {name} is not readable: {error.strerror}') from error
+        # Shown where a download was cut off: the next try would find the same file.
+        hint = f'; delete {file} to download it again' if '://' in name else ''
+        try:
+            return _read_safetensors(file) if is_safetensors(name) else _read_torch(file, map_location)
+        except ValueError as error:
+            raise ValueError(f'{name} is not a readable checkpoint: {error}{hint}') from error
+
+
+def read_state_dict(checkpoint: str | Path, map_location: Any = 'cpu') -> StateDict:
+    """The tensors of a checkpoint file or URL, out of their wrappers 'state_dict', 'model' and 'module.'.
+
+    Raises:
+        OSError, ImportError: see `read_checkpoint`.
+        ValueError: see `read_checkpoint`, or it holds no state dict.
+    """
+    return find_state_dict(read_checkpoint(checkpoint, map_location), checkpoint)
+
+
+def find_state_dict(content: Any, checkpoint: str | Path) -> StateDict:
+    """The tensors of what `read_checkpoint` has read. See `read_state_dict`."""
+    for wrapper in ('state_dict', 'model'):
+        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
+            content = content[wrapper]
+    if not isinstance(content, dict) or not any(isinstance(x, Tensor) for x in content.values()):
+        raise ValueError(f'{checkpoint} holds no state dict, but {_described(content)}')
+    state = {key: value for key, value in content.items() if isinstance(value, Tensor)}
+    if any(key.startswith('module.') for key in state):
+        state = {key.removeprefix('module.'): value for key, value in state.items()}
+    return state
+
+
+def check_finite(state: Mapping[str, Tensor], source: str | Path) -> None:
+    """Raises:
+    ValueError: weights are NaN or infinite; the message names the first ones.
+    """
+    names = non_finite(state)
+    if names:
+        raise ValueError(
+            f'{source} has NaN or infinite values in {len(names)} of {len(state)} tensors: {listed(names)}'
+        )
+
+
+def non_finite(state: Mapping[str, Tensor]) -> list[str]:
+    """The names of the floating-point tensors that hold NaN or infinite values."""
+    floats = {key: value for key, value in state.items() if value.is_floating_point()}
+    if not floats:
+        return []
+    finite = [value.isfinite().all() for value in floats.values()]
+    # Stacked, so that a GPU is waited for once.
+    flags = torch.stack([flag.to(finite[0].device) for flag in finite]).tolist()
+    return [key for key, flag in zip(floats, flags, strict=True) if not flag]
+
+
+def listed(names: list[str], most: int = 3) -> str:
+    """The first few names, for a message."""
+    return ', '.join(names[:most]) + (', ...' if len(names) > most else '')
+
+
+def is_safetensors(path: str | Path) -> bool:
+    return str(path).endswith('.safetensors')
+
+
+def import_safetensors() -> Any:
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError('.safetensors files need the package safetensors. Run: pip install safetensors') from error
+    return safetensors
+
+
+@contextmanager
+def _local_file(checkpoint: str) -> Iterator[Path]:
+    scheme, separator, name = checkpoint.partition('://')
+    if separator and scheme in ALIASES:
+        addresses = ALIASES[scheme]()
+        if name not in addresses:
+            raise ValueError(f'mmengine knows no checkpoint {checkpoint}')
+        checkpoint = addresses[name]
+    if checkpoint.startswith(('http://', 'https://')):
+        yield fetch(checkpoint)
+    elif any(re.match(pattern, checkpoint) for pattern in OBJECT_STORES):
+        with fileio.get_local_path(checkpoint, backend_args={'backend': 'petrel'}) as path:
+            yield Path(path)
+    elif '://' in checkpoint:
+        raise ValueError(f'{checkpoint}: checkpoints are read from files, http://, https://, s3:// and petrel://')
+    else:
+        yield Path(checkpoint).expanduser()
+
+
+def fetch(url: str) -> Path:
+    """Downloads a file into torch.hub's cache folder, where mmengine looks too, unless it is there already.
+
+    Raises:
+        OSError: it cannot be downloaded.
+    """
+    file = Path(torch.hub.get_dir(), 'checkpoints', os.path.basename(urlparse(url).path))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f'{file}.lock'):  # of several processes on this machine one downloads
+        if not file.exists():
+            try:
+                torch.hub.download_url_to_file(url, str(file), progress=os.isatty(2))
+            except (OSError, ValueError, HTTPException) as error:
+                raise OSError(f'cannot download {url}: {error}') from error
+    return file
+
+
+def _read_safetensors(file: Path) -> Any:
+    safetensors = import_safetensors()
+    try:
+        return safetensors.torch.load(file.read_bytes())
+    except safetensors.SafetensorError as error:
+        raise ValueError(str(error)) from error
+
+
+def _read_torch(file: Path, map_location: Any) -> Any:
+    damaged = 'it is damaged or incomplete (a training killed while saving leaves such a file)'
+    if not _is_whole(file):
+        raise ValueError(damaged)
+    try:
+        with torch.serialization.safe_globals(HARMLESS):
+            return torch.load(file, map_location=map_location, weights_only=True)
+    except (MemoryError, torch.cuda.OutOfMemoryError):
+        raise
+    except Exception as error:  # a damaged file can fail anywhere in the unpickler, in any way
+        # Without torch's advice to read the file with weights_only=False, which would run it.
+        refusal = re.search(r'(?:GLOBAL|WeightsUnpickler error:) ([^\n]+?)(?: was not| whose module|\n|$)', str(error))
+        what = 'a TorchScript program' if 'TorchScript' in str(error) else refusal and refusal[1]
+        reason = f'it is damaged, or holds more than tensors and plain values ({what})'
+        raise ValueError(reason if what else damaged) from error
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether the checksums of a zip file are right, which torch does not compare; other formats have none."""
+    if not zipfile.is_zipfile(file):
+        return True
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return archive.testzip() is None
+    except Exception:  # of a flipped bit anywhere in the archive's own structures
+        return False
+
+
+def _described(content: Any) -> str:
+    if not isinstance(content, dict):
+        return type(content).__name__
+    return f'a dict with the keys {list(content)[:5]}' if content else 'an empty dict'

@@ -1,0 +1,82 @@
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.hooks import CheckpointHook, Hook
+from mmengine.runner import Runner
+
+from mmslide.checkpoints import listed, non_finite
+from mmslide.registry import HOOKS
+
+
+@HOOKS.register_module()
+class CheckNonFiniteHook(Hook):
+    """Stops a training whose losses or weights are NaN or infinite, before a checkpoint of such weights is saved.
+
+    A single non-finite loss is let through: with mixed precision the gradient scaler skips its step. Weights are
+    checked after each epoch, before each validation and before each checkpoint.
+
+    Args:
+        patience: number of consecutive iterations with a non-finite loss that stop the training.
+
+    Raises:
+        ValueError: patience is not positive.
+    """
+
+    # Before CheckpointHook (VERY_LOW), which deletes an old checkpoint before it saves a new one.
+    priority = 'LOW'
+
+    def __init__(self, patience: int = 5) -> None:
+        if patience < 1:
+            raise ValueError(f'patience must be a positive number of iterations, got {patience=}')
+        self.patience = patience
+        self.count = 0
+
+    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        losses = {key: torch.as_tensor(value).detach() for key, value in (outputs or {}).items() if 'loss' in key}
+        names = non_finite(losses)
+        self.count = self.count + 1 if names else 0
+        if self.count >= self.patience:
+            raise FloatingPointError(
+                f'{listed(names)} NaN or infinite in each iteration since {runner.iter + 2 - self.count}, '
+                f'{self.count} times: training stops. {self._last_checkpoint(runner)} Common causes are a '
+                'learning rate too high for the batch size, no warm-up, and half precision.'
+            )
+        if any(self._saves_now(hook, runner) for hook in runner.hooks):
+            self._check_weights(runner, runner.model.state_dict())
+
+    def after_train_epoch(self, runner: Runner) -> None:
+        self._check_weights(runner, runner.model.state_dict())
+
+    def before_val_epoch(self, runner: Runner) -> None:
+        self._check_weights(runner, runner.model.state_dict())
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        self._check_weights(runner, checkpoint['state_dict'])
+
+    @staticmethod
+    def _saves_now(hook: Hook, runner: Runner) -> bool:
+        return (
+            isinstance(hook, CheckpointHook)
+            and not hook.by_epoch
+            and (
+                hook.every_n_train_iters(runner, hook.interval, hook.save_begin)
+                or (hook.save_last and hook.is_last_train_iter(runner))
+            )
+        )
+
+    def _check_weights(self, runner: Runner, state: Mapping[str, torch.Tensor]) -> None:
+        names = non_finite(state)
+        if names:
+            raise FloatingPointError(
+                f'{len(names)} of {len(state)} weights are NaN or infinite ({listed(names)}): training stops, and they '
+                f'are not saved. {self._last_checkpoint(runner)}'
+            )
+
+    @staticmethod
+    def _last_checkpoint(runner: Runner) -> str:
+        path = runner.message_hub.runtime_info.get('last_ckpt')
+        if path and Path(path).exists():
+            return f'The last checkpoint with finite weights is {path}.'
+        return 'No checkpoint has been saved yet.'
