@@ -260,7 +260,7 @@ def last_whole_checkpoint(work_dir: str | Path) -> str | None:
     """
     metas = {}
     record = Path(work_dir, 'last_checkpoint')
-    last = Path(record.read_text().strip()) if record.is_file() else None
+    last = Path(record.read_text(errors='replace').strip()) if record.is_file() else None
     if last is not None and not last.is_file():
         last = Path(work_dir, last.name)  # the folder was moved
     for path in {*run_checkpoints(work_dir), *([last] if last and last.is_file() else [])}:

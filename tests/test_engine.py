@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from helpers import tool_error
 from mmengine.config import Config
 
 from mmslide import engine
@@ -261,3 +262,66 @@ def test_options_that_the_config_cannot_serve_are_refused():
     config.default_scope = 'other'
     with pytest.raises(ValueError, match="got 'other'"):
         engine.set_out(config, 'out')
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (
+            ['retinanet_slide-pvt-t_fpn_1x_coco.py', '--cfg-options', 'modle.backbone.arch=small'],
+            "did you mean 'model'",
+        ),
+        (['retinanet_slide-pvt-t_fpn_1x_coco.py', '--cfg-options', 'model.backbone.arch=smal'], "got arch='smal'"),
+        (['none.py'], 'none.py is not a file'),
+    ],
+)
+def test_get_flops_checks_its_options(arguments, message):
+    assert message in tool_error('get_flops', *arguments)
+
+
+class Runner:
+    """Raises an error before or after the first epoch begins, as mmengine's does."""
+
+    def __init__(self, error, after):
+        self.error, self.after = error, after
+
+    def register_hook(self, hook):
+        self.hook = hook
+
+    def train(self):
+        if self.after:
+            self.hook.before_train_epoch(self)
+        raise self.error
+
+
+WORKER = """Caught FileNotFoundError in DataLoader worker process 0.
+Original Traceback (most recent call last):
+  File "somewhere.py", line 1, in <module>
+FileNotFoundError: [Errno 2] No such file or directory: 'x.jpg'
+"""
+
+
+@pytest.mark.parametrize(
+    ('error', 'after', 'message'),
+    [
+        (ValueError('no such arch'), False, 'no such arch'),
+        (KeyError('X is not in the registry'), False, 'X is not in the registry'),
+        (FileNotFoundError(WORKER), True, "FileNotFoundError: [Errno 2] No such file or directory: 'x.jpg'"),
+        (FloatingPointError('loss is NaN'), True, 'loss is NaN'),
+        (AssertionError(), False, 'AssertionError'),
+        (ValueError('a bug'), True, None),
+        (KeyError('a bug'), True, None),
+        (RuntimeError('a bug'), False, None),
+        (AttributeError('a bug'), False, None),
+    ],
+    ids=repr,
+)
+def test_errors_of_the_user_are_messages_and_bugs_tracebacks(error, after, message, capsys):
+    runner = Runner(error, after)
+    with pytest.raises(type(error) if message is None else SystemExit) as raised:
+        engine.launch(runner, runner.train)
+    if message is None:
+        assert raised.value is error
+    else:
+        assert raised.value.code == 2
+        assert capsys.readouterr().err == f'error: {message}\n'

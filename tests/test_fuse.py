@@ -5,11 +5,13 @@ import pytest
 import torch
 from helpers import randomize, relative_error
 from mmcv.cnn.bricks import DropPath
+from mmengine.config import Config
 from mmengine.runner.checkpoint import load_checkpoint
 from test_slide_attention import two_paths
 from torch import nn
 
-from mmslide.deploy import fuse
+from mmslide.build import build_model
+from mmslide.deploy import fuse, fuse_checkpoint, load_model
 from mmslide.models import SlidePVT, SlideSwin, TwinsPCPVT, TwinsSVT, slide_pvt, slide_swin, twins
 from mmslide.models.attention import SlideAttention
 from mmslide.weights import load_pretrained
@@ -231,3 +233,76 @@ def test_other_layouts_have_no_place_for_fused_weights():
     state = fuse(small(TwinsSVT)).state_dict()
     with pytest.raises(ValueError, match=r'no place for Slide Attention, but there is .*fused_weight'):
         from_ours(state, 'authors')
+
+
+SEGMENTOR = f"""
+default_scope = 'mmseg'
+model = dict(
+    type='EncoderDecoder',
+    backbone=dict(type='mmslide.SlidePVT', arch={SMALL_PVT}, init_cfg=dict(type='Pretrained', checkpoint='x.pth')),
+    decode_head=dict(type='FCNHead', in_channels=128, in_index=3, channels=8, num_convs=1, num_classes=4),
+)
+"""
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """A config file and a checkpoint of its model."""
+    pytest.importorskip('mmseg.models')
+    config, checkpoint = tmp_path / 'my.py', tmp_path / 'w.pth'
+    config.write_text(SEGMENTOR)
+    state = randomize(build_model(Config.fromfile(config))).state_dict()
+    torch.save(dict(meta=None, state_dict=state), checkpoint)
+    return config, checkpoint
+
+
+def test_fuse_checkpoint_writes_both_files_again_and_again(trained, tmp_path):
+    for _ in range(2):
+        assert fuse_checkpoint(*trained, tmp_path / 'fused.pth') == tmp_path / 'fused.py'
+    config, model, meta = load_model(tmp_path / 'fused.py', tmp_path / 'fused.pth')
+    assert config.model.backbone.init_cfg is None
+    assert meta['fused'] is True
+    image = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert relative_error(model(image), load_model(*trained)[1](image)) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ('out', 'message'),
+    [
+        ('w.pth', 'would overwrite the input'),
+        ('my.pth', r'my\.py exists and is not the config of a fused checkpoint'),
+        ('my.py', r'my\.py exists and is not the config of a fused checkpoint'),
+        ('other.pth', r'other\.py exists and is not the config of a fused checkpoint'),
+        ('new.py', 'must have different names'),
+        ('none/new.pth', 'the folder of .*new.pth does not exist'),
+    ],
+)
+def test_fuse_checkpoint_replaces_neither_inputs_nor_strangers_files(out, message, trained, tmp_path):
+    (tmp_path / 'other.py').write_text('my work')
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match=message):
+        fuse_checkpoint(*trained, tmp_path / out)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize('what', ['nan', 'flipped', 'mmslide.SlideSwin'])
+def test_fuse_checkpoint_refuses_what_is_broken_or_does_not_fit(what, trained, tmp_path):
+    config, checkpoint = trained
+    message = 'does not fit .*keys missing'
+    if what == 'nan':
+        content = torch.load(checkpoint, weights_only=True)
+        content['state_dict']['backbone.stages.0.embed.norm.bias'][0] = float('nan')
+        torch.save(content, checkpoint)
+        message = r'NaN or infinite values in 1 of \d+ tensors: backbone\.stages\.0\.embed\.norm\.bias'
+    elif what == 'flipped':
+        content = bytearray(checkpoint.read_bytes())
+        content[len(content) // 2] ^= 1
+        checkpoint.write_bytes(content)
+        message = 'damaged or incomplete'
+    else:
+        config.write_text(SEGMENTOR.replace('mmslide.SlidePVT', what).replace(str(SMALL_PVT), str(SMALL)))
+    with pytest.raises(ValueError, match=message):
+        fuse_checkpoint(config, checkpoint, tmp_path / 'fused.pth')
+    assert not (tmp_path / 'fused.pth').exists()
+    assert not (tmp_path / 'fused.py').exists()

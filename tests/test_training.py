@@ -285,21 +285,12 @@ def test_a_bug_keeps_its_traceback(detection, tmp_path):
     assert output.strip().endswith('ValueError: a bug')
 
 
-# Found by the runner, and by a process of the data loader in the first iteration.
-@pytest.mark.parametrize(
-    ('options', 'message'),
-    [
-        (['optim_wrapper.optimizer.lrr=1'], "unexpected keyword argument 'lrr'"),
-        (['train_dataloader.dataset.pipeline.0.backend_args.backend=x', 'train_dataloader.num_workers=1'], "'x'"),
-    ],
-)
-def test_one_clear_error_of_what_the_runner_builds(options, message, detection, tmp_path):
-    status, output = tool('train', DETECTOR, '--work-dir', tmp_path, *detection, *options, check=False)
+def test_one_clear_error_of_what_the_runner_builds(detection, tmp_path):
+    options = [*detection, 'optim_wrapper.optimizer.lrr=1']
+    status, output = tool('train', DETECTOR, '--work-dir', tmp_path, *options, check=False)
     assert status == 2
     assert 'Traceback' not in output
-    last = output.strip().splitlines()[-1]
-    assert last.startswith('error: ')
-    assert message in last
+    assert re.fullmatch(r"error: .*unexpected keyword argument 'lrr'.*", output.strip().splitlines()[-1])
 
 
 def test_truncated_checkpoint_is_one_clear_error(detector, detection, tmp_path):
@@ -379,7 +370,7 @@ def test_a_training_that_diverges_stops_and_keeps_its_last_checkpoint(detection,
     assert status == 2
     assert 'Traceback' not in output
     message = output.strip().splitlines()[-1]
-    assert 'rpn_head.rpn_cls.bias' in message
+    assert 'weights are NaN or infinite' in message
     assert f'The last checkpoint with finite weights is {tmp_path}/epoch_1.pth' in message
     assert [path.name for path in tmp_path.glob('*.pth')] == ['epoch_1.pth']
 
