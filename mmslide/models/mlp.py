@@ -8,6 +8,18 @@ from mmslide.ops.mlp import mlp_in_blocks
 
 from .plain import is_plain
 
+DROP: list[type[nn.Module]] = [nn.Dropout, nn.Identity]  # a deployed model has none
+LAYERS: list[list[type[nn.Module]]] = [
+    [nn.LayerNorm],
+    [nn.Sequential],
+    [nn.Sequential],
+    [nn.Linear],
+    [nn.GELU],
+    DROP,
+    [nn.Linear],
+    DROP,
+]  # the norm, then all modules in `MLP.layers`
+
 
 class MLP(BaseModule):
     """The MLP of a pre-norm transformer block: linear, GELU, dropout, linear, dropout.
@@ -43,13 +55,12 @@ class MLP(BaseModule):
         if x.device.type != 'cpu' or torch.is_autocast_enabled('cpu'):
             return False
         layers: list[Any] = [norm, *self.layers.modules()]
-        if not is_plain(x, *layers) or any(isinstance(y, nn.Dropout) and y.training and y.p for y in layers):
+        if not is_plain(x, layers, LAYERS) or any(y.training and y.p for y in layers if isinstance(y, nn.Dropout)):
             return False
-        layers = [y for y in layers if not isinstance(y, nn.Dropout | nn.Identity)]
+        _, _, _, expand, activation, _, contract, _ = layers
+        parameters = [parameter for y in (norm, expand, contract) for parameter in (y.weight, y.bias)]
         return (
-            [type(y) for y in layers] == [nn.LayerNorm, nn.Sequential, nn.Sequential, nn.Linear, nn.GELU, nn.Linear]
-            and layers[4].approximate == 'none'
+            activation.approximate == 'none'
             and norm.normalized_shape == x.shape[-1:]
-            and all(y.weight is not None and y.bias is not None for y in (layers[0], layers[3], layers[5]))
-            and all(parameter.dtype == x.dtype for y in layers for parameter in y.parameters(recurse=False))
+            and all(parameter is not None and parameter.dtype == x.dtype for parameter in parameters)
         )

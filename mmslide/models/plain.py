@@ -1,17 +1,20 @@
+from collections.abc import Collection, Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
 
-def is_plain(x: Tensor, *layers: nn.Module) -> bool:
+def is_plain(x: Tensor, layers: Sequence[nn.Module], types: Sequence[Collection[type[nn.Module]]]) -> bool:
     """Whether the layers may be computed from their parameters instead of called, because nobody can notice.
 
-    That is not so for a layer that stands in for PyTorch's own (quantized, parametrized, with an adapter), for one that
-    has hooks, for tensor subclasses, and while a transform or a mode follows the operations.
+    That is not so for a layer that stands in for another (quantized, parametrized, with an adapter), for one that has
+    hooks, for tensor subclasses, and while a transform or a mode follows the operations.
 
     Args:
         x: what the layers would be called with.
+        types: of each layer, those that it may have exactly.
     """
     return (
         not torch.compiler.is_compiling()
@@ -22,15 +25,15 @@ def is_plain(x: Tensor, *layers: nn.Module) -> bool:
         and forward_ad._current_level < 0
         and not _has_any_global_hook()
         and type(x) in (Tensor, nn.Parameter)
-        and all(_is_plain(layer) for layer in layers)
+        and len(layers) == len(types)
+        and all(type(layer) in allowed and _is_plain(layer) for layer, allowed in zip(layers, types, strict=True))
     )
 
 
 def _is_plain(layer: nn.Module) -> bool:
     parameters = [getattr(layer, name) for name in ('weight', 'bias') if hasattr(layer, name)]
     return (
-        type(layer) in (nn.Linear, nn.LayerNorm, nn.GELU, nn.Dropout, nn.Identity, nn.Sequential)
-        and 'forward' not in vars(layer)
+        'forward' not in vars(layer)
         and not layer._forward_hooks
         and not layer._forward_pre_hooks
         and not layer._backward_hooks

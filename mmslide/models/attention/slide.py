@@ -71,7 +71,7 @@ class SlideAttention(BaseModule):
 
     def _project(self, x: Tensor) -> Sequence[Tensor]:
         """q, k and v, each (B, H, W, C)."""
-        if not (torch.is_grad_enabled() and type(self.qkv) is nn.Linear and is_plain(x, self.qkv)):
+        if not (torch.is_grad_enabled() and is_plain(x, [self.qkv], [[nn.Linear]])):
             return self.qkv(x).chunk(3, dim=-1)
         # Three products: the gradients of a split result would be put together again by a copy.
         weights = self.qkv.weight.chunk(3)
