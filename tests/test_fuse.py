@@ -170,6 +170,19 @@ def test_deploy_in_a_config_builds_the_fused_form(cls):
         assert relative_error(out, wanted) < 1e-5
 
 
+@pytest.mark.parametrize('cls', [SlidePVT, SlideSwin, TwinsSVT, TwinsPCPVT])
+def test_the_fused_form_drops_nothing_in_training_mode(cls):
+    model = randomize(small(cls, drop_rate=0.3, attn_drop_rate=0.3, drop_path_rate=0.3))
+    image = torch.randn(1, 3, 64, 96)
+    for out, wanted in zip(fuse(model).train()(image), outputs(model, image), strict=True):
+        assert relative_error(out, wanted) < 1e-5
+
+
+def test_a_fused_module_drops_no_attention_in_training_mode():
+    module, x = randomize(SlideAttention(16, 2, attn_drop_rate=0.5)), torch.randn(1, 5, 6, 16)
+    assert relative_error(fuse(module).train()(x), module.eval()(x)) < 1e-5
+
+
 def load_by_torch(model, path):
     model.load_state_dict(torch.load(path, weights_only=True)['state_dict'])
 

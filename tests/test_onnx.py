@@ -207,8 +207,8 @@ def test_the_graph_is_fused_and_small():
         constants.append({name: value.const_value.size for name, value in graph.initializers.items()})
     assert counts[0] == counts[1]
     assert counts[0]['Conv'] == 1  # the patch embedding: Slide Attention is products, tap by tap
-    # A block has q, k, v, proj, two in the MLP; queries and outputs 9 taps and the bias. And one patch merging.
-    assert counts[0]['MatMul'] == 3 * (6 + 2 * (9 + 1)) + 1
+    # A block has qkv, proj, two in the MLP; queries and outputs 9 taps and the bias. And one patch merging.
+    assert counts[0]['MatMul'] == 3 * (4 + 2 * (9 + 1)) + 1
     assert not [name for name in constants[0] if 'deform' in name or 'shift' in name]
     # Beside the parameters themselves the fused ones transposed, and a few shapes and indices.
     parameters = sum(parameter.numel() for parameter in wrapped.parameters())

@@ -1,3 +1,4 @@
+import copy
 import json
 from unittest import mock
 
@@ -5,12 +6,20 @@ import numpy as np
 import pytest
 import torch
 from helpers import GOLDEN, golden_state, randomize, relative_error
+from torch import distributed, nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.modules import module as torch_module
+from torch.nn.utils import prune
 
 from mmslide.benchmark.baselines import two_path
+from mmslide.models import SlidePVT
 from mmslide.models.attention import SlideAttention
+from mmslide.models.layers import Block
+from mmslide.models.mlp import MLP
 from mmslide.ops import slide_attention, tapwise
 from mmslide.weights import layouts
 
+MINI = dict(embed_dims=(16, 32, 48, 64), depths=(1,) * 4, num_heads=(1, 2, 3, 4), mlp_ratios=2, sr_ratios=(8, 4, 2, 1))
 NAMES = ('q', 'k', 'v', 'weight', 'bias', 'rpb')
 SHAPES = [  # batch, height, width, heads, head size, kernel size
     (2, 1, 1, 2, 8, 3),
@@ -123,9 +132,9 @@ def test_strided_maps_and_an_explicit_scale():
         assert relative_error(out, wanted) < 1e-12
 
 
-def test_tapwise_keeps_the_inputs_only_and_never_makes_a_large_tensor():
-    args = arguments(1, 64, 48, 2, 32, 3, dtype=torch.float32)
-    sizes, saved = [], []
+def test_tapwise_never_makes_a_large_tensor():
+    args = [x.detach() for x in arguments(1, 64, 48, 2, 32, 3, dtype=torch.float32)]
+    sizes = []
 
     class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, function, types, arguments=(), kwargs=None):
@@ -137,12 +146,20 @@ def test_tapwise_keeps_the_inputs_only_and_never_makes_a_large_tensor():
 
     # Small blocks, since a block's buffer may be as large as the budget says.
     with mock.patch.object(tapwise, 'CPU_BLOCK_BYTES', 1 << 17), Sizes():
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
-            out = slide_attention(*args, backend='tapwise')
-        out.sum().backward()
-    assert {x.data_ptr() for x in saved} == {x.data_ptr() for x in args}
+        out = tapwise.forward(*args, 0.25, None)
+        tapwise.backward(out, *args, 0.25, None, True)
     assert len(sizes) > 100
     assert max(sizes) <= args[0].nbytes
+
+
+@pytest.mark.parametrize('backend', ['conv', 'native', 'reference', 'tapwise', 'unrolled', None])
+@pytest.mark.parametrize('size', [(0, 4, 5), (2, 0, 5), (2, 4, 0), (0, 0, 0)], ids=str)
+def test_empty_maps(backend, size):
+    args = arguments(*size, 2, 8, 3, dtype=torch.float32)
+    out, *grads = run(args, torch.randn(*size, 2, 8), backend=backend)
+    assert out.shape == args[0].shape
+    for x, grad in zip(args, grads, strict=True):
+        assert torch.equal(grad, torch.zeros_like(x))
 
 
 @pytest.mark.parametrize(
@@ -256,3 +273,128 @@ def test_module_dropouts_act_in_training_only():
     assert relative_error(module(x), module(x)) > 0.1
     module.eval()
     assert torch.equal(module(x), module(x))
+
+
+class LowRank(nn.Module):
+    """An adapter around a linear layer, as LoRA has them."""
+
+    def __init__(self, linear, rank=2):
+        super().__init__()
+        self.linear = linear.requires_grad_(False)
+        self.down = nn.Linear(linear.in_features, rank, bias=False)
+        self.up = nn.Linear(rank, linear.out_features, bias=False)
+
+    def forward(self, x):
+        return self.linear(x) + self.up(self.down(x))
+
+
+def products(module, x):
+    """How many products by a slice of qkv's weight the module computes."""
+    with mock.patch('torch.nn.functional.linear', side_effect=torch.nn.functional.linear) as linear:
+        out = module(x)
+    return out, sum(call.args[1].shape[0] == module.proj.out_features for call in linear.call_args_list) - 1
+
+
+@pytest.mark.parametrize('qkv_bias', [True, False])
+def test_separate_products_are_the_projection(qkv_bias):
+    module = randomize(SlideAttention(24, 3, qkv_bias=qkv_bias)).double()
+    x, grad = torch.randn(2, 2, 5, 6, 24, dtype=torch.float64)
+    out, count = products(module, x)
+    assert count == 3
+    with torch.no_grad():
+        assert products(module, x)[1] == 0
+    wanted = two_paths(module, x)
+    parameters = list(module.parameters())
+    for value, expected in zip(
+        (out, *torch.autograd.grad(out, parameters, grad)),
+        (wanted, *torch.autograd.grad(wanted, parameters, grad)),
+        strict=True,
+    ):
+        assert relative_error(value, expected) < 1e-10
+
+
+def test_an_adapter_of_qkv_acts_and_learns():
+    module = SlideAttention(24, 3)
+    module.qkv = LowRank(module.qkv)
+    randomize(module).double()
+    x = torch.randn(2, 5, 6, 24, dtype=torch.float64)
+    out = module(x)
+    assert relative_error(out, two_paths(module, x)) < 1e-12
+    out.sum().backward()
+    assert module.qkv.up.weight.grad.any()
+    assert module.qkv.down.weight.grad.any()
+
+
+def test_layers_after_qkv_are_called():
+    module = SlideAttention(24, 3)
+    module.qkv = nn.Sequential(module.qkv, nn.Tanh())
+    x = torch.randn(2, 5, 6, 24)
+    assert relative_error(module(x), two_paths(module, x)) < 1e-6
+
+
+@pytest.mark.parametrize('kind', ['forward_hook', 'forward_pre_hook', 'full_backward_hook', 'full_backward_pre_hook'])
+@pytest.mark.parametrize('everywhere', [False, True])
+def test_hooks_of_qkv_are_called(kind, everywhere):
+    module, seen = SlideAttention(24, 3), []
+    register = (
+        getattr(torch_module, f'register_module_{kind}') if everywhere else getattr(module.qkv, f'register_{kind}')
+    )
+    with register(lambda module, *_: seen.append(module)):
+        module(torch.randn(1, 5, 6, 24, requires_grad=True)).sum().backward()
+    assert seen.count(module.qkv) == 1
+
+
+def test_a_pruned_qkv_is_trained():
+    module = SlideAttention(24, 3)
+    prune.l1_unstructured(module.qkv, 'weight', 0.5)
+    for _ in range(2):
+        module(torch.randn(1, 5, 6, 24)).sum().backward()
+    assert module.qkv.weight_orig.grad.any()
+
+
+def test_a_weight_of_another_class_is_called():
+    class Doubled(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, function, types, arguments=(), kwargs=None):
+            out = super().__torch_function__(function, types, arguments, kwargs)
+            return 2 * out.as_subclass(torch.Tensor) if function is torch.nn.functional.linear else out
+
+    module, x = SlideAttention(24, 3, qkv_bias=False), torch.randn(1, 5, 6, 24)
+    doubled = copy.deepcopy(module)
+    doubled.qkv.weight = nn.Parameter(doubled.qkv.weight.detach().as_subclass(Doubled))
+    module.qkv.weight.data *= 2
+    assert relative_error(doubled(x), module(x)) < 1e-6
+
+
+@pytest.mark.filterwarnings('ignore')
+def test_dynamic_quantization():
+    model = randomize(SlidePVT(MINI)).eval()
+    quantized = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
+    assert not any(type(module) is nn.Linear for module in quantized.modules())
+    image = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        for out, wanted in zip(quantized(image), model(image), strict=True):
+            assert relative_error(out, wanted) < 0.1
+
+
+@pytest.fixture
+def mesh():
+    """One process, which needs no port."""
+    distributed.init_process_group('gloo', store=distributed.HashStore(), rank=0, world_size=1)
+    yield distributed.device_mesh.init_device_mesh('cpu', (1,))
+    distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings('ignore:FSDP2-wrapped')
+@pytest.mark.parametrize('shard', [nn.Linear, nn.LayerNorm, MLP, SlideAttention, Block], ids=lambda cls: cls.__name__)
+def test_sharded_layers(mesh, shard):
+    model = randomize(SlidePVT(MINI, drop_path_rate=0.0))
+    sharded = copy.deepcopy(model)
+    for module in [module for module in sharded.modules() if type(module) is shard]:
+        fully_shard(module, mesh=mesh)
+    fully_shard(sharded, mesh=mesh)
+    image = torch.randn(2, 3, 64, 64)
+    for net in (model, sharded):
+        sum(out.square().sum() for out in net(image)).backward()
+    for value, wanted in zip(sharded.parameters(), model.parameters(), strict=True):
+        assert relative_error(value.grad.full_tensor(), wanted.grad) < 1e-5

@@ -11,7 +11,7 @@ from helpers import relative_error
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mmslide.ops import slide_attention
-from mmslide.ops.fused import fused
+from mmslide.ops.custom_op import custom_op
 from mmslide.ops.reference import reference
 from mmslide.ops.slide_attention import triton_refusal
 
@@ -109,7 +109,7 @@ def test_dropout_mask(dtype):
     args = small(dtype)
     mask = (torch.rand(1, 2, 5, 2, 9, device=DEVICE) > 0.4) / 0.6
     grad = torch.randn(args[0].shape).to(dtype).to(DEVICE)
-    out = fused(*args, 16**-0.5, mask, 'triton')
+    out = custom_op(*args, 16**-0.5, mask, 'triton')
     assert_agrees((out, *torch.autograd.grad(out, args, grad)), args, grad, mask=mask)
 
 

@@ -1,11 +1,10 @@
 import torch.nn.functional as F
 from mmcv.cnn import build_norm_layer
 from mmcv.cnn.bricks import DropPath
-from mmcv.cnn.bricks.transformer import FFN
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
-from mmslide.ops.mlp import mlp_in_blocks, pays_in_blocks
+from .mlp import MLP
 
 
 class PatchEmbed(BaseModule):
@@ -77,25 +76,15 @@ class Block(BaseModule):
         norm_cfg: dict,
     ) -> None:
         super().__init__()
-        self.drop_rate = drop_rate
         self.norm1 = build_norm_layer(norm_cfg, embed_dims)[1]
         self.attn = mixer
         self.drop_path = DropPath(drop_path_rate)
         self.norm2 = build_norm_layer(norm_cfg, embed_dims)[1]
-        self.ffn = FFN(
-            embed_dims,
-            round(mlp_ratio * embed_dims),
-            act_cfg=dict(type='GELU'),
-            ffn_drop=drop_rate,
-            dropout_layer=dict(type='DropPath', drop_prob=drop_path_rate),
-        )
+        self.ffn = MLP(embed_dims, round(mlp_ratio * embed_dims), drop_rate)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.drop_path(self.attn(self.norm1(x)))
-        expand, contract = self.ffn.layers[0][0], self.ffn.layers[1]
-        if not (self.training and self.drop_rate) and pays_in_blocks(x, self.norm2, expand, contract, self.ffn):
-            return self.ffn.dropout_layer(mlp_in_blocks(x, self.norm2, expand, contract)).add_(x)
-        return self.ffn(self.norm2(x), identity=x)
+        return x + self.drop_path(self.ffn(x, self.norm2))
 
 
 def pad_to_patches(x: Tensor, size: int) -> Tensor:

@@ -112,6 +112,8 @@ class Pyramid(BaseModule):
         for module in list(self.modules()):
             if isinstance(module, SlideAttention):
                 module.switch_to_deploy()
+            if hasattr(module, 'attn_drop_rate'):
+                module.attn_drop_rate = 0.0
             for name, child in module.named_children():
                 if isinstance(child, nn.Dropout | DropPath):
                     setattr(module, name, nn.Identity())

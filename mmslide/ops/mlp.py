@@ -1,11 +1,11 @@
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from mmcv.cnn import Linear
-from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch import Tensor
+
+from .autocast import without_autocast
 
 # Of the hidden layer at a time: what the caches of two cores hold.
 BLOCK_BYTES = 1 << 22
@@ -14,41 +14,28 @@ BLOCK_BYTES = 1 << 22
 KEPT_BYTES = 1 << 25
 
 
-def pays_in_blocks(x: Tensor, norm: nn.Module, expand: nn.Module, contract: nn.Module, *around: nn.Module) -> bool:
-    """Whether `mlp_in_blocks` computes the same as the layers one after another, and faster.
-
-    Args:
-        around: modules that would be called too, and whose hooks would be left out.
-    """
-    return (
-        x.device.type == 'cpu'
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-        and not torch.is_autocast_enabled('cpu')
-        # Nothing that stands in for a layer (pruned, parametrized, quantized, with an adapter), and nobody who watches.
-        and type(norm) is nn.LayerNorm
-        and {type(expand), type(contract)} <= {nn.Linear, Linear}
-        and not any(_has_hooks(module) for module in (norm, expand, contract, *around))
-        and norm.bias is not None  # without one it may have no weight either
-        and x.dtype == norm.weight.dtype == expand.weight.dtype
-    )
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
-
-
-def mlp_in_blocks(x: Tensor, norm: nn.LayerNorm, expand: nn.Linear, contract: nn.Linear) -> Tensor:
-    """The MLP of a transformer block, contract(GELU(expand(norm(x)))), on a CPU: (..., C) to the same.
+def mlp_in_blocks(
+    x: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    eps: float,
+) -> Tensor:
+    """The MLP of a transformer block, linear(GELU(linear(layer_norm(x)))), on a CPU: (..., C) to the same.
 
     Some pixels at a time, so that only a part of the hidden layer, 100 MB for a stage of a detector's image, of its
     activation and of their gradients stands in memory, in the caches. A small hidden layer is kept for backward.
+
+    Args:
+        gamma, beta, eps: of the norm over C.
+        weight1, bias1: (hidden, C), (hidden).
+        weight2, bias2: (C, hidden), (C).
     """
-    parameters = norm.weight, norm.bias, expand.weight, expand.bias, contract.weight, contract.bias
     # Asked here, because inside the function it is always off.
-    return _MLPInBlocks.apply(x, *parameters, norm.eps, torch.is_grad_enabled())
+    return _MLPInBlocks.apply(x, gamma, beta, weight1, bias1, weight2, bias2, eps, torch.is_grad_enabled())
 
 
 class _MLPInBlocks(torch.autograd.Function):
@@ -68,7 +55,7 @@ class _MLPInBlocks(torch.autograd.Function):
         pixels = x.numel() // x.shape[-1]
         keep = grad_enabled and pixels * len(weight1) * x.element_size() <= KEPT_BYTES
         hidden = x.new_empty(pixels if keep else 0, len(weight1))
-        ctx.save_for_backward(x, gamma, beta, weight1, bias1, weight2, hidden)
+        ctx.save_for_backward(x, gamma, beta, weight1, bias1, weight2, bias2, hidden)
         ctx.eps = eps
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
         blocks = _Blocks(x, weight1, buffers=1)
@@ -80,28 +67,68 @@ class _MLPInBlocks(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        x, gamma, beta, weight1, bias1, weight2, kept = ctx.saved_tensors
-        grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
-        grads = [torch.zeros_like(parameter) for parameter in (gamma, beta, weight1, bias1, weight2)]
-        blocks = _Blocks(x, weight1, buffers=3)
-        for part, source, grad, result in blocks.of(x, grad_out, grad_x):
-            normed, mean, rstd = torch.native_layer_norm(source, gamma.shape, gamma, beta, ctx.eps)
-            before = kept[part] if len(kept) else torch.addmm(bias1, normed, weight1.t(), out=blocks.buffer(0, part))
-            activated = torch.ops.aten.gelu.out(before, out=blocks.buffer(1, part))
-            grad_hidden = torch.mm(grad, weight2, out=blocks.buffer(2, part))
-            torch.ops.aten.gelu_backward.grad_input(grad_hidden, before, grad_input=grad_hidden)
+        *inputs, kept = ctx.saved_tensors
+        needed = ctx.needs_input_grad[: len(inputs)]
+        with without_autocast(grad_out):
+            if torch.is_grad_enabled() or _is_batched(grad_out):
+                grads = _differentiable_gradients(grad_out, inputs, ctx.eps, needed)
+            else:
+                grads = _gradients(grad_out, inputs, kept, ctx.eps, needed)
+        return *grads, None, None
+
+
+def _gradients(
+    grad_out: Tensor, inputs: Sequence[Tensor], kept: Tensor, eps: float, needed: Sequence[bool]
+) -> list[Tensor | None]:
+    """Of each input that needs it. `kept` is the hidden layer (pixels, hidden), or empty."""
+    x, gamma, beta, weight1, bias1, weight2, _ = inputs
+    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+    grads = [grad_x, *(torch.zeros_like(parameter) for parameter in inputs[1:])]
+    blocks = _Blocks(x, weight1, buffers=3)
+    for part, source, grad, result in blocks.of(x, grad_out, grad_x):
+        normed, mean, rstd = torch.native_layer_norm(source, gamma.shape, gamma, beta, eps)
+        before = kept[part] if len(kept) else torch.addmm(bias1, normed, weight1.t(), out=blocks.buffer(0, part))
+        if needed[5]:
+            grads[5].addmm_(grad.t(), torch.ops.aten.gelu.out(before, out=blocks.buffer(1, part)))
+        if needed[6]:
+            grads[6] += grad.sum(0)
+        if not any(needed[:5]):
+            continue
+        grad_hidden = torch.mm(grad, weight2, out=blocks.buffer(2, part))
+        torch.ops.aten.gelu_backward.grad_input(grad_hidden, before, grad_input=grad_hidden)
+        if needed[3]:
+            grads[3].addmm_(grad_hidden.t(), normed)
+        if needed[4]:
+            grads[4] += grad_hidden.sum(0)
+        if any(needed[:3]):
             of_norm = torch.ops.aten.native_layer_norm_backward(
                 grad_hidden @ weight1, source, gamma.shape, mean, rstd, gamma, beta, [True, True, True]
             )
             result.copy_(of_norm[0])
-            grads[0] += of_norm[1]
-            grads[1] += of_norm[2]
-            grads[2].addmm_(grad_hidden.t(), normed)
-            grads[3] += grad_hidden.sum(0)
-            grads[4].addmm_(grad.t(), activated)
-        return grad_x, *grads, grad_out.flatten(0, -2).sum(0), None, None
+            grads[1] += of_norm[1]
+            grads[2] += of_norm[2]
+    return [grad if need else None for grad, need in zip(grads, needed, strict=True)]
+
+
+def _differentiable_gradients(
+    grad_out: Tensor, inputs: Sequence[Tensor], eps: float, needed: Sequence[bool]
+) -> list[Tensor | None]:
+    """The same through PyTorch's layers, for gradients of gradients and for vmap."""
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        own = [y.view_as(y) for y in inputs]  # an input may depend on another, which is no part of these gradients
+        x, gamma, beta, weight1, bias1, weight2, bias2 = own
+        hidden = F.gelu(F.linear(F.layer_norm(x, gamma.shape, gamma, beta, eps), weight1, bias1))
+        out = F.linear(hidden, weight2, bias2)
+    wanted = [y for y, need in zip(own, needed, strict=True) if need]
+    grads = iter(torch.autograd.grad(out, wanted, grad_out, create_graph=create_graph))
+    return [next(grads) if need else None for need in needed]
+
+
+def _is_batched(x: Tensor) -> bool:
+    """Whether x stands for many tensors, in vmap or for `torch.autograd.grad(..., is_grads_batched=True)`."""
+    return torch._C._functorch.is_batchedtensor(x) or torch._C._functorch.is_legacy_batchedtensor(x)
 
 
 class _Blocks:

@@ -58,7 +58,7 @@ struct Call {
   const float *kernels, *rpb;     // (k² + 1, d / 8, k², 8), the biases last; (heads, k²)
   const float* mask;              // (B, H, W, heads, k²), or null
   Map grad_q, grad_k, grad_v;     // backward only
-  float *grad_kernels, *grad_rpb;  // backward only, (threads, ...) of the above; zeros when it is called
+  float *grad_kernels, *grad_rpb;  // backward only, (threads, ...) of the above, zeros when it is called; or null
 };
 }
 
@@ -156,6 +156,7 @@ struct Pixel {
     }
   }
 
+  template <bool PARAMETERS>
   void backward(const float* grad, float* grad_query, float* grad_kernels, float* grad_rpb) {
     attend();
     alignas(32) float grad_logits[PADDED];
@@ -167,7 +168,7 @@ struct Pixel {
     float of_query_sum = 0;
     for (int j = 0; j < SLOTS; ++j) {
       grad_logits[j] = call.scale * attention[j] * (grad_logits[j] - mean);
-      grad_rpb[j] += query_sum * grad_logits[j];
+      if constexpr (PARAMETERS) grad_rpb[j] += query_sum * grad_logits[j];
       of_query_sum += rpb[j] * grad_logits[j];
     }
     for (int64_t c = 0; c < chunks; ++c) {
@@ -177,13 +178,14 @@ struct Pixel {
         const Vec key_part = load(key[t] + c * LANES);
         const Vec key_product = query_part * key_part, value_product = grad_part * load(value[t] + c * LANES);
         const float* w = call.kernels + kernel(t, c);
-        float* grad_w = grad_kernels + kernel(t, c);
         Vec key_sum = {}, value_sum = {};
         for (int j = 0; j < SLOTS; ++j) {
           key_sum += grad_logits[j] * load(w + j * LANES);
           value_sum += dropped[j] * load(w + j * LANES);
-          const Vec grad_kernel = grad_logits[j] * key_product + dropped[j] * value_product;
-          store(grad_w + j * LANES, load(grad_w + j * LANES) + grad_kernel);
+          if constexpr (PARAMETERS) {
+            float* grad_w = grad_kernels + kernel(t, c) + j * LANES;
+            store(grad_w, load(grad_w) + grad_logits[j] * key_product + dropped[j] * value_product);
+          }
         }
         result += key_sum * key_part;
         float *to_key = grad_key[t] + c * LANES, *to_value = grad_value[t] + c * LANES;
@@ -219,11 +221,12 @@ void forward(const Call& call) {
 
 // The threads take strips of rows, whose pixels also add to the gradients of k and v in K / 2 rows of the strips beside
 // them. So all even strips come first, then the odd ones, and no two that touch the same row run at a time.
-template <int K>
+template <int K, bool PARAMETERS>
 void backward(const Call& call) {
   const int64_t height = call.height, most = height / (K - 1);
   const int64_t strips = most < 2 ? 1 : std::min(most, 2 * call.threads);
-  const int64_t kernels = (K * K + 1) * call.head_dims * K * K, positions = call.heads * K * K;
+  const int64_t kernels = PARAMETERS ? (K * K + 1) * call.head_dims * K * K : 0;
+  const int64_t positions = PARAMETERS ? call.heads * K * K : 0;
 #pragma omp parallel num_threads(call.threads)
   {
     Pixel<K> pixel(call);
@@ -239,8 +242,8 @@ void backward(const Call& call) {
             for (int64_t x = 0; x < call.width; ++x)
               for (int64_t head = 0; head < call.heads; ++head) {
                 pixel.place(image, y, x, head);
-                pixel.backward(at(call.out, image, y, x, head), at(call.grad_q, image, y, x, head), row_kernels.data(),
-                               row_rpb.data() + head * K * K);
+                pixel.template backward<PARAMETERS>(at(call.out, image, y, x, head), at(call.grad_q, image, y, x, head),
+                                                    row_kernels.data(), row_rpb.data() + head * K * K);
               }
             add(row_kernels, grad_kernels);
             add(row_rpb, grad_rpb);
@@ -249,11 +252,17 @@ void backward(const Call& call) {
   }
 }
 
+template <int K>
+void backward(const Call& call) {
+  if (call.grad_kernels) backward<K, true>(call);
+  else backward<K, false>(call);
+}
+
 }  // namespace
 
 extern "C" {
 
-int slide_attention_version() { return 1; }
+int slide_attention_version() { return 2; }
 
 // The kernel sizes that native.py lets through.
 void slide_attention_forward(const Call* call) {

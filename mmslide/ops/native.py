@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-VERSION = 1  # as in native.cpp, of what the functions take; goes up with every change
+VERSION = 2  # as in native.cpp, of what the functions take; goes up with every change
 LANES = 8  # as in native.cpp
 KERNEL_SIZES = (3, 5, 7)
 
@@ -88,11 +88,15 @@ def backward(
     rpb: Tensor,
     scale: float,
     dropout_mask: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of q, k, v, weight, bias and rpb."""
+    parameters: bool,
+) -> tuple[Tensor, ...]:
+    """The gradients of q, k and v, and with `parameters` those of weight, bias and rpb."""
     kernels = _pack(weight, bias)
     grad_q = torch.empty_like(q, memory_format=torch.contiguous_format)
     grad_k, grad_v = (torch.zeros_like(q, memory_format=torch.contiguous_format) for _ in range(2))
+    if not parameters:
+        _run('backward', (q, k, v, grad_out), (kernels, rpb, dropout_mask), scale, (grad_q, grad_k, grad_v))
+        return grad_q, grad_k, grad_v
     grad_kernels, grad_rpb = (x.new_zeros(torch.get_num_threads(), *x.shape) for x in (kernels, rpb))
     grads = grad_q, grad_k, grad_v, grad_kernels, grad_rpb
     _run('backward', (q, k, v, grad_out), (kernels, rpb, dropout_mask), scale, grads)
@@ -119,7 +123,7 @@ def _run(
     maps = tuple(x if x.stride(-1) == 1 else x.contiguous() for x in maps)
     numbers = [None if x is None else x.contiguous() for x in (*parameters, *grads[3:])]
     kernel_size = math.isqrt(parameters[0].shape[2])
-    threads = len(grads[3]) if grads else torch.get_num_threads()
+    threads = len(grads[3]) if len(grads) > 3 else torch.get_num_threads()
     call = _Call(*maps[0].shape, kernel_size, threads, scale)
     for field, x in zip(('q', 'k', 'v', 'out', 'grad_q', 'grad_k', 'grad_v'), (*maps, *grads[:3]), strict=False):
         setattr(call, field, _Map(x.data_ptr(), x.stride()[:4]))

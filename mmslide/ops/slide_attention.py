@@ -8,21 +8,18 @@ import torch
 from torch import Tensor
 
 from . import native
+from .autocast import without_autocast
 from .conv import conv
-from .fused import fused
+from .custom_op import KERNELS, custom_op
 from .reference import reference
-from .tapwise import tapwise, without_autocast
 from .unrolled import unrolled
 
 BACKENDS: dict[str, Callable[..., Tensor]] = {
     'conv': conv,
-    'native': partial(fused, backend='native'),
     'reference': reference,
-    'tapwise': tapwise,
-    'triton': partial(fused, backend='triton'),
     'unrolled': unrolled,
+    **{name: partial(custom_op, backend=name) for name in KERNELS},
 }
-WIDENING = ('native', 'tapwise', 'triton')  # these take q, k, v as they are and widen them bit by bit
 
 
 def slide_attention(
@@ -74,6 +71,8 @@ def slide_attention(
         raise ValueError(f'backend must be one of {sorted(BACKENDS)} or None, got {backend=}')
     if backend in REFUSALS and (reason := REFUSALS[backend](q, weight)):
         raise ValueError(f"backend '{backend}' {reason}; take 'tapwise', or None for the best that can do it")
+    if not q.numel():
+        backend = 'reference'  # convolutions and kernels do not take empty maps
     if scale is None:
         scale = q.shape[-1] ** -0.5
 
@@ -82,7 +81,7 @@ def slide_attention(
     if dropout_p > 0:
         keep = torch.rand(*q.shape[:-1], weight.shape[1], device=q.device) >= dropout_p
         dropout_mask = keep.to(dtype) / (1 - dropout_p)
-    maps = (q, k, v) if backend in WIDENING else (q.to(dtype), k.to(dtype), v.to(dtype))
+    maps = (q, k, v) if backend in KERNELS else (q.to(dtype), k.to(dtype), v.to(dtype))
     with without_autocast(q):
         parameters = (weight.to(dtype), bias.to(dtype), rpb.to(dtype))
         return BACKENDS[backend](*maps, *parameters, scale, dropout_mask).to(q.dtype)

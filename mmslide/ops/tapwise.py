@@ -10,12 +10,9 @@ parameters are kept for backward, which recomputes the attention block by block.
 """
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 # Bytes of one block's (pixels, heads, k², d) buffer. On a CPU what the caches of two cores hold; elsewhere enough
 # work for one kernel launch.
@@ -23,7 +20,7 @@ CPU_BLOCK_BYTES = 1 << 22
 DEVICE_BLOCK_BYTES = 1 << 26
 
 
-def tapwise(
+def forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -31,62 +28,33 @@ def tapwise(
     bias: Tensor,
     rpb: Tensor,
     scale: float,
-    dropout_mask: Tensor | None = None,
+    dropout_mask: Tensor | None,
 ) -> Tensor:
     """See `mmslide.ops.slide_attention` for shapes. The arithmetic is done in weight's dtype."""
-    return _Tapwise.apply(q, k, v, weight, bias, rpb, scale, dropout_mask)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    taps = _Taps(q, weight)
+    for block in taps.blocks():
+        query = q[block].to(weight.dtype)
+        attention = taps.softmax(query, taps.products(query, taps.windows(k, block, 0), 0), bias, rpb, scale)
+        if dropout_mask is not None:
+            attention *= slots_first(dropout_mask[block])
+        out[block] = taps.total(taps.spread(attention, 0).mul_(taps.windows(v, block, 0)), attention, bias)
+    return out
 
 
-def without_autocast(x: Tensor) -> AbstractContextManager:
-    """Keeps autocast from taking x's arithmetic back to half precision."""
-    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
-        return torch.autocast(x.device.type, enabled=False)
-    return nullcontext()
-
-
-class _Tapwise(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        rpb: Tensor,
-        scale: float,
-        dropout_mask: Tensor | None,
-    ) -> Tensor:
-        ctx.save_for_backward(q, k, v, weight, bias, rpb, dropout_mask)
-        ctx.scale = scale
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        taps = _Taps(q, weight)
-        for block in taps.blocks():
-            query = q[block].to(weight.dtype)
-            attention = taps.softmax(query, taps.products(query, taps.windows(k, block, 0), 0), bias, rpb, scale)
-            if dropout_mask is not None:
-                attention *= slots_first(dropout_mask[block])
-            out[block] = taps.total(taps.spread(attention, 0).mul_(taps.windows(v, block, 0)), attention, bias)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        with without_autocast(grad_out):
-            return _backward(grad_out, ctx.scale, *ctx.saved_tensors)
-
-
-def _backward(
+def backward(
     grad_out: Tensor,
-    scale: float,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     weight: Tensor,
     bias: Tensor,
     rpb: Tensor,
+    scale: float,
     dropout_mask: Tensor | None,
-) -> tuple[Tensor | None, ...]:
+    parameters: bool,
+) -> tuple[Tensor, ...]:
+    """The gradients of q, k and v, and with `parameters` those of weight, bias and rpb."""
     grad_q = torch.empty_like(q, memory_format=torch.contiguous_format)
     # Neighbouring blocks add to the same rows, so these two are summed in full precision.
     grad_k, grad_v = (torch.zeros(q.shape, dtype=weight.dtype, device=q.device) for _ in range(2))
@@ -108,20 +76,24 @@ def _backward(
         grad_attention -= (attention * grad_attention).sum(0)
         grad_logits = grad_attention.mul_(attention).mul_(scale)
 
-        grad_by_slot.addmm_(grad_logits.flatten(1), key_products.view(-1, taps.by_slot.shape[1]))
-        grad_by_slot.addmm_(dropped.flatten(1), value_products.view(-1, taps.by_slot.shape[1]))
-        grad_bias.addmm_(query.flatten(0, -2).t(), grad_logits.flatten(1).t())
-        grad_bias.addmm_(grad.flatten(0, -2).t(), dropped.flatten(1).t())
-        grad_rpb += (query.sum(-1) * grad_logits).sum((1, 2, 3)).t()
+        if parameters:
+            grad_by_slot.addmm_(grad_logits.flatten(1), key_products.view(-1, taps.by_slot.shape[1]))
+            grad_by_slot.addmm_(dropped.flatten(1), value_products.view(-1, taps.by_slot.shape[1]))
+            grad_bias.addmm_(query.flatten(0, -2).t(), grad_logits.flatten(1).t())
+            grad_bias.addmm_(grad.flatten(0, -2).t(), dropped.flatten(1).t())
+            grad_rpb += (query.sum(-1) * grad_logits).sum((1, 2, 3)).t()
 
         spread = taps.spread(grad_logits, 1)
         total = taps.total(torch.mul(spread, keys, out=key_products), grad_logits, bias)
         grad_q[block] = total.add_((grad_logits * rpb.t()[:, None, None, None]).sum(0).unsqueeze(-1))
         taps.scatter(spread.mul_(query[..., None, None, :]), grad_k, block)
         taps.scatter(taps.spread(dropped, 0).mul_(grad[..., None, None, :]), grad_v, block)
+    grads = grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype)
+    if not parameters:
+        return grads
     slots, kernel_size = weight.shape[1], weight.shape[-1]
-    grad_weight = grad_by_slot.view(slots, kernel_size, kernel_size, -1).permute(3, 0, 1, 2)
-    return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), grad_weight, grad_bias, grad_rpb, None, None
+    grad_weight = grad_by_slot.view(slots, kernel_size, kernel_size, -1).permute(3, 0, 1, 2).contiguous()
+    return *grads, grad_weight, grad_bias, grad_rpb
 
 
 def per_slot(x: Tensor, bias: Tensor) -> Tensor:

@@ -258,8 +258,9 @@ def backward(
     rpb: Tensor,
     scale: float,
     dropout_mask: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of q, k, v, weight, bias and rpb."""
+    parameters: bool,
+) -> tuple[Tensor, ...]:
+    """The gradients of q, k and v, and with `parameters` those of weight, bias and rpb."""
     batch, height, width, heads, head_dims = q.shape
     slots = bias.shape[1]
     launch = _Launch(q, k, v, weight, bias)
@@ -268,8 +269,6 @@ def backward(
     grad_q, grad_k, grad_v = (torch.empty_like(q, memory_format=torch.contiguous_format) for _ in range(3))
     attention, grad_logits = (rpb.new_empty(batch, height, width, heads, slots) for _ in range(2))
     rpb_shares = rpb.new_empty(launch.tiles, heads, slots)
-    programs = min(PARAMETER_PROGRAMS // (slots + 1), launch.tiles * heads)
-    shares = rpb.new_empty(programs, *launch.kernels.shape)
     with torch.cuda.device_of(q):
         _query_kernel[launch.grid](
             grad_q, grad_logits, attention, rpb_shares, grad_out, query, key, value, launch.kernels, rpb, dropout_mask,
@@ -278,6 +277,10 @@ def backward(
         _key_value_kernel[launch.grid](
             grad_k, grad_v, grad_out, query, launch.kernels, grad_logits, attention, *launch.sizes, **launch.constants
         )
+        if not parameters:
+            return grad_q, grad_k, grad_v
+        programs = min(PARAMETER_PROGRAMS // (slots + 1), launch.tiles * heads)
+        shares = rpb.new_empty(programs, *launch.kernels.shape)
         _parameter_kernel[slots + 1, programs](
             shares, grad_out, query, key, value, grad_logits, attention, launch.tiles, *launch.sizes, **launch.constants
         )

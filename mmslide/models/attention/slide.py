@@ -1,4 +1,4 @@
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
+from mmslide.models.plain import is_plain
 from mmslide.ops import fixed_shift, merge_paths, slide_attention
 from mmslide.weights.layouts import fuse_slide_attention
 
@@ -65,13 +66,17 @@ class SlideAttention(BaseModule):
         self.relative_position_bias = nn.Parameter(torch.zeros(num_heads, slots))
 
     def forward(self, x: Tensor) -> Tensor:
-        batch, height, width, channels = x.shape
-        # Three products: the gradient of one whose result is cut up is put together again by a copy.
-        matrices = self.qkv.weight.unflatten(0, (3, -1))
-        biases = [None] * 3 if self.qkv.bias is None else self.qkv.bias.unflatten(0, (3, -1))
-        q, k, v = (F.linear(x, matrices[i], biases[i]).view(batch, height, width, self.num_heads, -1) for i in range(3))
-        out = self.attend(q, k, v)
-        return self.proj_drop(self.proj(out.reshape(batch, height, width, channels)))
+        q, k, v = (y.unflatten(-1, (self.num_heads, -1)) for y in self._project(x))
+        return self.proj_drop(self.proj(self.attend(q, k, v).flatten(-2)))
+
+    def _project(self, x: Tensor) -> Sequence[Tensor]:
+        """q, k and v, each (B, H, W, C)."""
+        if not (torch.is_grad_enabled() and is_plain(x, [self.qkv], [[nn.Linear]])):
+            return self.qkv(x).chunk(3, dim=-1)
+        # Three products: the gradients of a split result would be put together again by a copy.
+        weights = self.qkv.weight.chunk(3)
+        biases = [None] * 3 if self.qkv.bias is None else self.qkv.bias.chunk(3)
+        return [F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         weight, bias = self.kernels()

@@ -47,7 +47,7 @@ class SubsampledAttention(BaseModule):
         source = x
         if self.sr_ratio > 1:
             source = self.norm(self.sr(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
-        q = self.q(x).view(batch, height * width, self.num_heads, -1).transpose(1, 2)
+        q = self.q(x).flatten(1, 2).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         k, v = self.kv(source).flatten(1, 2).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         out = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop_rate if self.training else 0.0)
         return self.proj_drop(self.proj(out.transpose(1, 2).reshape(batch, height, width, channels)))

@@ -62,7 +62,7 @@ class Windowed(BaseModule):
         The mask broadcasts to (windows, heads, h·w, h·w): True for attend, or numbers to add to the logits.
         """
         count, height, width, channels = windows.shape
-        qkv = self.qkv(windows).view(count, height * width, 3, self.num_heads, -1)
+        qkv = self.qkv(windows).flatten(1, 2).unflatten(-1, (3, self.num_heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         if mask is not None and mask.is_floating_point():
             mask = mask.to(q.dtype)

@@ -1,5 +1,5 @@
-"""Slide Attention as one operator of PyTorch's, so that torch.compile, autocast, activation checkpointing, DDP and the
-FLOP counter know it. Its kernels keep q, k, v and the parameters for backward and nothing else.
+"""One PyTorch operator in front of every backend that is not plain tensor operations, so that torch.compile, autocast,
+activation checkpointing, DDP and the FLOP counter know them. Only q, k, v and the parameters are kept for backward.
 """
 
 import math
@@ -10,16 +10,20 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-MODULES = {'native': 'native', 'triton': 'triton_kernels'}
+from .autocast import without_autocast
+
+# The module of each backend, with a `forward` and a `backward`. They take q, k and v as they are and widen them bit by
+# bit.
+KERNELS = {'native': 'native', 'tapwise': 'tapwise', 'triton': 'triton_kernels'}
 
 
 def _kernels(backend: str) -> Any:
-    """The module with the backend's `forward` and `backward`, imported when it is wanted first."""
-    return import_module(f'{__package__}.{MODULES[backend]}')
+    """Imported at the first use."""
+    return import_module(f'{__package__}.{KERNELS[backend]}')
 
 
 @torch.library.custom_op('mmslide::slide_attention', mutates_args=())
-def fused(
+def custom_op(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -30,7 +34,7 @@ def fused(
     dropout_mask: Tensor | None,
     backend: str,
 ) -> Tensor:
-    """See `mmslide.ops.slide_attention` for shapes; what it checks is not checked here once more."""
+    """See `mmslide.ops.slide_attention` for shapes; the arguments are not checked again here."""
     return _kernels(backend).forward(q, k, v, weight, bias, rpb, scale, dropout_mask)
 
 
@@ -45,20 +49,29 @@ def _backward(
     rpb: Tensor,
     scale: float,
     dropout_mask: Tensor | None,
+    parameters: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of q, k, v, weight, bias and rpb."""
-    return _kernels(backend).backward(grad_out, q, k, v, weight, bias, rpb, scale, dropout_mask)
+    """The gradients of q, k, v, weight, bias and rpb; empty tensors for the last three without `parameters`."""
+    with without_autocast(grad_out):
+        grads = _kernels(backend).backward(grad_out, q, k, v, weight, bias, rpb, scale, dropout_mask, parameters)
+    return grads if parameters else (*grads, *_empty(weight, bias, rpb))
 
 
-@fused.register_fake
+def _empty(*parameters: Tensor) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(0) for x in parameters)
+
+
+@custom_op.register_fake
 def _(q: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
 @_backward.register_fake
-def _(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *parameters: Any) -> tuple[Tensor, ...]:
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, *parameters[:3]))
+def _(grad_out: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    *tensors, _scale, _dropout_mask, parameters, _backend = args
+    grads = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors)
+    return grads if parameters else (*grads[:3], *_empty(*tensors[3:]))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -67,8 +80,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _gradients(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-    *maps, dropout_mask = ctx.saved_tensors
-    return *_backward(grad_out, *maps, ctx.scale, dropout_mask, ctx.backend), None, None, None
+    *tensors, dropout_mask = ctx.saved_tensors
+    parameters = any(ctx.needs_input_grad[3:6])
+    grads = _backward(grad_out, *tensors, ctx.scale, dropout_mask, parameters, ctx.backend)
+    return *grads[:3], *(grads[3:] if parameters else [None] * 3), None, None, None
 
 
 def _save_backend(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -79,7 +94,7 @@ def _refuse_second_backward(ctx: Any, *grads: Tensor) -> None:
     raise ValueError(f"backend '{ctx.backend}' can be differentiated once only; take 'conv' for gradients of gradients")
 
 
-fused.register_autograd(_gradients, setup_context=_save)
+custom_op.register_autograd(_gradients, setup_context=_save)
 _backward.register_autograd(_refuse_second_backward, setup_context=_save_backend)
 
 

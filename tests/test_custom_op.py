@@ -1,4 +1,4 @@
-"""What every backend behind the one operator of PyTorch's has to do."""
+"""What every backend behind the custom operator has to do."""
 
 from functools import partial
 from importlib.util import find_spec
@@ -8,10 +8,11 @@ import pytest
 import torch
 from helpers import relative_error
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmslide.ops import fused, native, slide_attention
+from mmslide.ops import custom_op, native, slide_attention
 from mmslide.ops.reference import reference
 from mmslide.ops.slide_attention import choose_backend
 
@@ -28,7 +29,7 @@ SHAPES = [  # batch, height, width, heads, head size, kernel size
 ]
 
 
-@pytest.fixture(params=['native', pytest.param('triton', marks=NEEDS_TRITON)])
+@pytest.fixture(params=['native', 'tapwise', pytest.param('triton', marks=NEEDS_TRITON)])
 def backend(request):
     return request.param
 
@@ -114,7 +115,7 @@ def test_maps_of_any_layout_and_an_explicit_scale(attention, args, device, layou
 def test_dropout_mask(backend, args, device):
     mask = (torch.rand(1, 2, 5, 2, 9, device=device) > 0.4) / 0.6
     grad = torch.randn(args[0].shape, device=device)
-    operator = lambda *args: fused.fused(*args, 16**-0.5, mask, backend)  # noqa: E731
+    operator = lambda *args: custom_op.custom_op(*args, 16**-0.5, mask, backend)  # noqa: E731
     assert_agrees(results(operator, args, grad), args, grad, mask=mask)
 
 
@@ -132,6 +133,33 @@ def test_backward_keeps_the_inputs_only(attention, args):
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
         attention(*args)
     assert {x.data_ptr() for x in saved} == {x.data_ptr() for x in args}
+
+
+@pytest.mark.parametrize('trained', [(), (3, 4, 5), (5,)], ids=['none', 'all', 'one'])
+def test_frozen_parameters_cost_nothing(backend, attention, args, device, trained):
+    grad = torch.randn(args[0].shape, device=device)
+    wanted = torch.autograd.grad(attention(*args), args, grad)
+    for index in range(3, 6):
+        args[index].requires_grad_(index in trained)
+    calls = []
+
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), kwargs=None):
+            out = function(*arguments, **(kwargs or {}))
+            if function is torch.ops.mmslide.slide_attention_backward.default:
+                calls.append((arguments[-2:], [x.numel() for x in out[3:]]))
+            return out
+
+    out = attention(*args)
+    with Calls():
+        out.backward(grad)
+    sizes = [x.numel() for x in args[3:]] if trained else [0, 0, 0]
+    assert calls == [((bool(trained), backend), sizes)]
+    for index, (x, gradient) in enumerate(zip(args, wanted, strict=True)):
+        if index < 3 or index in trained:
+            assert torch.equal(x.grad, gradient)
+        else:
+            assert x.grad is None
 
 
 def test_autocast_does_not_round_inside(attention, args, device):
@@ -158,9 +186,10 @@ def test_compiled_and_checkpointed_it_stays_the_same(attention, args, device, wr
 @pytest.mark.parametrize('with_mask', [False, True])
 def test_custom_op_is_registered_as_torch_asks(backend, args, device, with_mask):
     mask = torch.rand(1, 2, 5, 2, 9, device=device) if with_mask else None
-    torch.library.opcheck(fused.fused, (*args, 0.25, mask, backend))
+    torch.library.opcheck(custom_op.custom_op, (*args, 0.25, mask, backend))
     detached = [x.detach() for x in args]
-    torch.library.opcheck(fused._backward, (detached[0], *detached, 0.25, mask, backend))
+    for parameters in (True, False):
+        torch.library.opcheck(custom_op._backward, (detached[0], *detached, 0.25, mask, parameters, backend))
 
 
 def test_flops_are_those_of_the_merged_convolutions(attention, args):

@@ -1,0 +1,66 @@
+from typing import Any
+
+import torch
+from mmengine.model import BaseModule
+from torch import Tensor, nn
+
+from mmslide.ops.mlp import mlp_in_blocks
+
+from .plain import is_plain
+
+DROP: list[type[nn.Module]] = [nn.Dropout, nn.Identity]  # a deployed model has none
+LAYERS: list[list[type[nn.Module]]] = [
+    [nn.LayerNorm],
+    [nn.Sequential],
+    [nn.Sequential],
+    [nn.Linear],
+    [nn.GELU],
+    DROP,
+    [nn.Linear],
+    DROP,
+]  # the norm, then all modules in `MLP.layers`
+
+
+class MLP(BaseModule):
+    """The MLP of a pre-norm transformer block: linear, GELU, dropout, linear, dropout.
+
+    On a CPU plain layers are computed together, some pixels at a time: see `mmslide.ops.mlp`. The state dict's keys
+    are those of mmcv's FFN.
+
+    Args:
+        embed_dims: C of the map (..., C).
+        hidden_dims: channels between the two linear layers.
+        drop_rate: of both dropouts.
+    """
+
+    def __init__(self, embed_dims: int, hidden_dims: int, drop_rate: float = 0.0) -> None:
+        super().__init__()
+        self.layers: Any = nn.Sequential(
+            nn.Sequential(nn.Linear(embed_dims, hidden_dims), nn.GELU(), nn.Dropout(drop_rate)),
+            nn.Linear(hidden_dims, embed_dims),
+            nn.Dropout(drop_rate),
+        )
+
+    def forward(self, x: Tensor, norm: Any) -> Tensor:
+        """The MLP of norm(x), (..., C) to the same, without the residual."""
+        if not self._pays_in_blocks(x, norm):
+            return self.layers(norm(x))
+        expand, contract = self.layers[0][0], self.layers[1]
+        return mlp_in_blocks(
+            x, norm.weight, norm.bias, expand.weight, expand.bias, contract.weight, contract.bias, norm.eps
+        )
+
+    def _pays_in_blocks(self, x: Tensor, norm: Any) -> bool:
+        """Whether `mlp_in_blocks` computes the same as the layers one after another, faster, and nobody can notice."""
+        if x.device.type != 'cpu' or torch.is_autocast_enabled('cpu'):
+            return False
+        layers: list[Any] = [norm, *self.layers.modules()]
+        if not is_plain(x, layers, LAYERS) or any(y.training and y.p for y in layers if isinstance(y, nn.Dropout)):
+            return False
+        _, _, _, expand, activation, _, contract, _ = layers
+        parameters = [parameter for y in (norm, expand, contract) for parameter in (y.weight, y.bias)]
+        return (
+            activation.approximate == 'none'
+            and norm.normalized_shape == x.shape[-1:]
+            and all(parameter is not None and parameter.dtype == x.dtype for parameter in parameters)
+        )

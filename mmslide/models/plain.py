@@ -1,0 +1,42 @@
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules.module import _has_any_global_hook
+
+
+def is_plain(x: Tensor, layers: Sequence[nn.Module], types: Sequence[Collection[type[nn.Module]]]) -> bool:
+    """Whether the layers may be computed from their parameters instead of called, because nobody can notice.
+
+    That is not so for a layer that stands in for another (quantized, parametrized, with an adapter), for one that has
+    hooks, for tensor subclasses, and while a transform or a mode follows the operations.
+
+    Args:
+        x: what the layers would be called with.
+        types: of each layer, those that it may have exactly.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and not torch._C._are_functorch_transforms_active()
+        and not torch._C._len_torch_function_stack()
+        and not torch._C._len_torch_dispatch_stack()
+        and forward_ad._current_level < 0
+        and not _has_any_global_hook()
+        and type(x) in (Tensor, nn.Parameter)
+        and len(layers) == len(types)
+        and all(type(layer) in allowed and _is_plain(layer) for layer, allowed in zip(layers, types, strict=True))
+    )
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    parameters = [getattr(layer, name) for name in ('weight', 'bias') if hasattr(layer, name)]
+    return (
+        'forward' not in vars(layer)
+        and not layer._forward_hooks
+        and not layer._forward_pre_hooks
+        and not layer._backward_hooks
+        and not layer._backward_pre_hooks
+        and all(type(parameter) in (Tensor, nn.Parameter, type(None)) for parameter in parameters)
+    )

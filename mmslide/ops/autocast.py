@@ -1,0 +1,11 @@
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager:
+    """Keeps autocast from taking x's arithmetic back to half precision."""
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
+        return torch.autocast(x.device.type, enabled=False)
+    return nullcontext()

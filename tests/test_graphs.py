@@ -1,0 +1,102 @@
+"""Backbones and token mixers as graphs: compiled and traced."""
+
+import contextlib
+import copy
+
+import pytest
+import torch
+from helpers import randomize, relative_error
+from mmengine.analysis import get_model_complexity_info
+
+from mmslide.models import SlidePVT, SlideSwin, TwinsPCPVT, TwinsSVT
+from mmslide.models.attention import LocallyGroupedAttention, SlideAttention, SubsampledAttention, WindowAttention
+
+ROW = dict(embed_dims=(16, 32), num_heads=(1, 2), mlp_ratios=2)
+CLASSES = [SlidePVT, SlideSwin, TwinsPCPVT, TwinsSVT]
+SIZE = 64, 100  # the second maps are larger than a window, and do not divide by one
+
+
+def small(cls):
+    """Every mixer that the class has."""
+    row = dict(ROW, depths=(1, 1)) if cls in (SlidePVT, TwinsPCPVT) else dict(ROW, depths=(2, 2))
+    if cls is not SlideSwin:
+        row['sr_ratios'] = (2, 1)
+    kwargs = {} if cls is TwinsPCPVT else dict(slide_stages=(0,))
+    return randomize(cls(row, out_indices=(0, 1), drop_path_rate=0.0, **kwargs))
+
+
+def step(function, model, x, precision):
+    """Outputs and the gradients of all parameters, by name."""
+    around = torch.autocast('cpu', dtype=torch.bfloat16) if precision == 'autocast' else contextlib.nullcontext()
+    with around:
+        outs = function(x)
+    outs = outs if isinstance(outs, tuple) else (outs,)
+    grads = torch.autograd.grad(sum(out.float().square().mean() for out in outs), list(model.parameters()))
+    return outs, dict(zip(dict(model.named_parameters()), grads, strict=True))
+
+
+def assert_compiled_is_eager(model, x, precision, backend):
+    torch.compiler.reset()
+    outs, grads = step(model, model, x, precision)
+    found_outs, found_grads = step(torch.compile(model, backend=backend, fullgraph=True), model, x, precision)
+    tolerance = 1e-5 if precision == 'float32' else 5e-2
+    for found, out in zip(found_outs, outs, strict=True):
+        assert found.dtype == out.dtype
+        assert relative_error(found, out) < tolerance
+    floor = 1e-3 * max(grad.abs().max() for grad in grads.values())  # of noise: a bias of keys has no influence
+    for name, grad in grads.items():
+        assert (found_grads[name] - grad).abs().max() < tolerance * max(grad.abs().max(), floor), name
+
+
+@pytest.mark.parametrize('precision', ['float32', 'bfloat16', 'autocast'])
+@pytest.mark.parametrize('cls', CLASSES)
+def test_compiled_backbones(cls, precision):
+    dtype = torch.bfloat16 if precision == 'bfloat16' else torch.float32
+    assert_compiled_is_eager(small(cls).to(dtype), torch.randn(2, 3, *SIZE, dtype=dtype), precision, 'aot_eager')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    'mixer',
+    [
+        SlideAttention(16, 2),
+        SlideAttention(12, 2),  # tap-wise, since native takes no heads of 6 channels
+        LocallyGroupedAttention(16, 2, 7),
+        SubsampledAttention(16, 2, 2),
+        WindowAttention(16, 2, 7, 3),
+    ],
+    ids=['slide', 'slide tap-wise', 'locally grouped', 'subsampled', 'window'],
+)
+def test_compiled_mixers(mixer):
+    mixer = randomize(copy.deepcopy(mixer))
+    assert_compiled_is_eager(mixer, torch.randn(2, 9, 12, mixer.proj.in_features), 'float32', 'inductor')
+
+
+@pytest.mark.filterwarnings('ignore::torch.jit.TracerWarning')
+@pytest.mark.parametrize('cls', CLASSES)
+def test_traced_backbones(cls):
+    model, image = small(cls).eval(), torch.randn(1, 3, *SIZE)
+    for out, wanted in zip(torch.jit.trace(model, image)(image), model(image), strict=True):
+        assert relative_error(out, wanted) < 1e-5
+
+
+@pytest.mark.filterwarnings('ignore::torch.jit.TracerWarning')
+@pytest.mark.parametrize('cls', CLASSES)
+def test_mmengine_counts_backbones(cls):
+    model = small(cls).eval()
+    counts = get_model_complexity_info(model, (3, *SIZE), show_table=False, show_arch=False)
+    assert counts['params'] == sum(parameter.numel() for parameter in model.parameters())
+    assert counts['flops'] > 1e6
+
+
+@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.parametrize('cls', CLASSES)
+def test_an_empty_batch(cls, training):
+    model = small(cls).train(training)
+    outs = model(torch.randn(0, 3, 64, 64))
+    assert [out.shape for out in outs] == [(0, 16, 16, 16), (0, 32, 8, 8)]
+    sum(out.sum() for out in outs).backward()
+    for name, parameter in model.named_parameters():
+        # scaled_dot_product_attention leaves its mask out when there are no queries.
+        if not name.endswith('relative_position_bias_table'):
+            assert torch.equal(parameter.grad, torch.zeros_like(parameter)), name
