@@ -67,7 +67,7 @@ def count_complexity(cfg: Config, shape: Sequence[int] | None = None) -> Complex
     if 'backbone' not in cfg.get('model', {}):
         raise ValueError(f'only models with a backbone can be counted, got {cfg.get("model", {}).get("type")}')
     with DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
-        model = MODELS.build(cfg.model)
+        model = _build(cfg.model)
     dense_heads = [name for name in DENSE_HEADS if hasattr(model, name)]
     if not dense_heads:
         raise ValueError(f'only models with a decode, RPN or box head can be counted, got {type(model).__name__}')
@@ -129,6 +129,15 @@ def complexity_table(complexity: Complexity) -> Table:
             table.add_section()
         table.add_row(part.name, f'{part.macs / 1e9:.2f}', f'{part.params / 1e6:.2f}')
     return table
+
+
+def _build(cfg: dict) -> nn.Module:
+    """The model on the meta device, which takes no memory and no time to initialise; if need be on the CPU."""
+    try:
+        with torch.device('meta'):
+            return MODELS.build(cfg)
+    except (NotImplementedError, RuntimeError):  # a part reads values of tensors, such as mmdet's Swin
+        return MODELS.build(cfg)
 
 
 def _roi_heads(model: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor]]:
