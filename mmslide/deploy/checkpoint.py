@@ -23,6 +23,8 @@ def load_model(config: str, checkpoint: str) -> tuple[Config, nn.Module, dict[st
     cfg = Config.fromfile(find_config(config))
     if 'backbone' not in cfg.get('model', {}):
         raise ValueError(f'{config} must have a model with a backbone')
+    if 'data_preprocessor' in cfg:  # at the top level: mmengine's Runner puts it into the model
+        cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
     content = read_checkpoint(checkpoint)
     state = find_state_dict(content, checkpoint)
     with DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
@@ -35,7 +37,7 @@ def load_model(config: str, checkpoint: str) -> tuple[Config, nn.Module, dict[st
         lists = {'missing': missing, 'unexpected': unexpected}
         problem = ', '.join(f'{len(keys)} keys {what} ({keys[0]}, ...)' for what, keys in lists.items() if keys)
         raise ValueError(f'{checkpoint} does not fit {config}: {problem}')
-    return cfg, model, content.get('meta', {})
+    return cfg, model, content.get('meta') or {}
 
 
 def fuse_checkpoint(config: str, checkpoint: str, out: str) -> Path:
