@@ -1,6 +1,7 @@
 import copy
 from pathlib import Path
 
+import torch
 from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, DefaultScope
@@ -9,11 +10,25 @@ from torch import nn
 from mmslide.checkpoints import StateDict, listed
 
 
-def build_model(cfg: Config) -> nn.Module:
-    """The model of a whole config of mmdet or mmseg, its SyncBN as BN, on the CPU."""
-    with DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
-        # A copy, since mmdet's detectors add to the config of their heads.
-        return revert_sync_batchnorm(MODELS.build(copy.deepcopy(cfg.model)))
+def build_model(cfg: Config, device: str = 'cpu') -> nn.Module:
+    """The model of a whole config of mmdet or mmseg, its SyncBN as BN.
+
+    On the device 'meta' this takes neither memory nor time, unless a part reads tensors while it is built, as mmdet's
+    Swin does.
+    """
+
+    def build() -> nn.Module:
+        with DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
+            # A copy, since mmdet's detectors add to the config of their heads.
+            return revert_sync_batchnorm(MODELS.build(copy.deepcopy(cfg.model)))
+
+    try:
+        with torch.device(device):
+            return build()
+    except Exception:
+        if device == 'cpu':
+            raise
+        return build().to(device)
 
 
 def load_weights(model: nn.Module, state: StateDict, checkpoint: str | Path, config: str | Path) -> None:

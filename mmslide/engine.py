@@ -239,7 +239,7 @@ def check_model(config: Config, name: str, checkpoint: str | None = None) -> Non
         OSError: the checkpoint cannot be read.
         ValueError: it is damaged or does not fit.
     """
-    model = build_model(config)
+    model = build_model(config, 'meta' if checkpoint is None else 'cpu')
     if checkpoint is not None:
         state = find_state_dict(read_checkpoint(checkpoint), checkpoint)
         if broken := non_finite(state):

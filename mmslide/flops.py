@@ -6,12 +6,11 @@ from typing import Any
 
 import torch
 from mmengine.config import Config
-from mmengine.model import revert_sync_batchnorm
-from mmengine.registry import MODELS, DefaultScope
 from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from mmslide.build import build_model
 from mmslide.models.attention import SlideAttention
 
 # (height, width), as in the papers' tables.
@@ -66,15 +65,13 @@ def count_complexity(cfg: Config, shape: Sequence[int] | None = None) -> Complex
     """
     if 'backbone' not in cfg.get('model', {}):
         raise ValueError(f'only models with a backbone can be counted, got {cfg.get("model", {}).get("type")}')
-    with DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
-        model = MODELS.build(cfg.model)
+    model: Any = build_model(cfg, 'meta').eval()
     dense_heads = [name for name in DENSE_HEADS if hasattr(model, name)]
     if not dense_heads:
         raise ValueError(f'only models with a decode, RPN or box head can be counted, got {type(model).__name__}')
     for module in model.modules():
         if isinstance(module, SlideAttention):
             module.backend = None  # on the meta device the op then takes the backend that is made of countable products
-    model = revert_sync_batchnorm(model).to('meta').eval()
     height, width = shape or (SEGMENTATION_SHAPE if 'decode_head' in dense_heads else DETECTION_SHAPE)
     parts = []
 

@@ -3,11 +3,13 @@
 import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 from mmengine.config import Config
+from mmengine.registry import MODELS
 
 from mmslide.flops import complexity_table, count_complexity, count_macs
 from mmslide.models.attention import LocallyGroupedAttention, SlideAttention, SubsampledAttention, WindowAttention
@@ -189,6 +191,26 @@ def test_does_not_depend_on_the_backend():
     cfg = load(name)
     cfg.model.backbone.attn_backend = 'tapwise'
     assert count_complexity(cfg, (64, 96)) == count_complexity(load(name), (64, 96))
+
+
+def test_builds_on_meta_and_if_need_be_on_the_cpu(monkeypatch):
+    """mmdet's Swin reads its drop path rates from a tensor while it is built, which the meta device refuses."""
+    devices = []
+
+    def build(cfg):
+        model = MODELS.build(cfg)
+        devices.append({parameter.device.type for parameter in model.parameters()})
+        return model
+
+    monkeypatch.setattr('mmslide.build.MODELS', SimpleNamespace(build=build))
+    cfg = load('slide_swin/swin-t_upernet_8xb2-160k_ade20k-512x512')
+    host = count_complexity(cfg, (64, 96))
+    assert devices == [{'meta'}]
+    cfg.model.backbone = dict(type='mmdet.SwinTransformer')
+    foreign = count_complexity(cfg, (64, 96))
+    assert devices == [{'meta'}, {'cpu'}]
+    assert foreign.params == host.params
+    assert foreign.parts[1:] == host.parts[1:]
 
 
 def test_single_stage_detector():

@@ -11,9 +11,10 @@ import torch
 from helpers import TOOLS, randomize, relative_error, tool
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
+from mmseg.structures import SegDataSample
 from torch import nn
 
-from mmslide.deploy import fuse, onnx
+from mmslide.deploy import fuse, load_model, onnx
 from mmslide.models import SlideSwin
 from mmslide.models.attention import SlideAttention
 
@@ -179,21 +180,31 @@ def test_what_cannot_be_drawn_is_named(save, tmp_path):
     for name, out in (('model', whole), ('backbone', backbone)):
         onnx.export_onnx(config, checkpoint, out, name, (64, 64))
     torch.onnx.export(nn.Identity().eval(), (torch.zeros(1),), dynamo=True, verbose=False).save(foreign)
-    good, out = tmp_path / 'in.png', tmp_path / 'out.png'
+    good, out, link = tmp_path / 'in.png', tmp_path / 'out.png', tmp_path / 'link.png'
     cv2.imwrite(str(good), np.zeros((64, 64, 3), np.uint8))
+    link.symlink_to(good)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     for arguments, message in [
-        ((tmp_path / 'none.onnx', good, out), 'error: there is no file '),
+        ((tmp_path / 'none.onnx', good, out), f'there is no file {tmp_path / "none.onnx"}'),
+        ((tmp_path, good, out), f'there is no file {tmp_path}'),
+        ((config, good, out), 'config.py is not an ONNX model that onnxruntime can load'),
+        ((good, good, out), 'in.png is not an ONNX model that onnxruntime can load'),
         ((foreign, good, out), 'was not written by tools/export_onnx.py'),
         ((backbone, good, out), 'holds the backbone alone'),
         ((whole, config, out), 'config.py is not a readable picture'),
+        ((whole, tmp_path, out), f'there is no file {tmp_path}'),
         ((whole, good, tmp_path / 'no' / 'folder.png'), 'cannot write a picture to '),
         ((whole, good, tmp_path / 'out.what'), 'cannot write a picture to '),
+        ((whole, good, whole), 'whole.onnx is the input '),
+        ((whole, good, link), 'link.png is the input '),
     ]:
         status, text = tool('run_onnx', *arguments, check=False)
-        assert status == 1
-        assert message in text
-        assert 'Traceback' not in text
-    assert not out.exists()
+        assert status == 2
+        *drawn, last = text.splitlines()
+        assert last.startswith('error: ')
+        assert message in last
+        assert all(line.endswith('pixels') for line in drawn)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_the_graph_is_fused_and_small():
@@ -246,8 +257,8 @@ def test_tools_from_fusing_to_a_picture(save, tmp_path):
 
 
 def test_a_picture_is_prepared_as_its_runner_does_it(tmp_path):
-    """Resized into the shape's corner, normalised in the model's order of channels, zeros around it."""
-    values = dict(mean=[1.0, 2.0, 3.0], std=[4.0, 5.0, 6.0], bgr_to_rgb=True, pad_divisor=1)
+    """Resized into the shape's corner, normalised in the model's order of channels, pad_value around it."""
+    values = dict(mean=[1.0, 2.0, 3.0], std=[4.0, 5.0, 6.0], bgr_to_rgb=True, pad_value=0.5, pad_divisor=1)
     pixels = np.random.default_rng(0).integers(0, 256, (90, 31, 3), np.uint8)
     cv2.imwrite(str(tmp_path / 'x.png'), pixels)
     image = onnx.prepare(str(tmp_path / 'x.png'), values, (45, 80))
@@ -256,13 +267,48 @@ def test_a_picture_is_prepared_as_its_runner_does_it(tmp_path):
     resized = cv2.resize(pixels, (16, 45))[..., ::-1]
     wanted = (resized - np.array(values['mean'])) / values['std']
     assert relative_error(image[0, :, :, :16], torch.from_numpy(wanted).permute(2, 0, 1)) < 1e-6
-    assert not image[..., 16:].any()
+    assert (image[..., 16:] == 0.5).all()
     spec = importlib.util.spec_from_file_location('run_onnx', TOOLS / 'run_onnx.py')
     run_onnx = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(run_onnx)
     theirs, size = run_onnx.prepare(pixels, [45, 80], values)
     assert size == (45, 16)
     assert relative_error(torch.from_numpy(theirs), image) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ('scope', 'preprocessor'),
+    [
+        ('mmdet', dict(type='DetDataPreprocessor', pad_value=0.5, rgb_to_bgr=True, pad_size_divisor=32)),
+        ('mmdet', dict(type='DetDataPreprocessor', bgr_to_rgb=True)),
+        ('mmengine', dict(type='ImgDataPreprocessor', mean=[9.0], std=[7.0], pad_value=-1.0, pad_size_divisor=32)),
+        ('mmengine', dict(type='ImgDataPreprocessor', mean=None, std=None, pad_size_divisor=32)),
+        ('mmseg', dict(type='SegDataPreProcessor', pad_val=0.5, rgb_to_bgr=True, test_cfg=dict(size_divisor=32))),
+    ],
+)
+def test_preparing_equals_the_preprocessor(scope, preprocessor, tmp_path):
+    preprocessor = {**dict(mean=[1.0, 2.0, 3.0], std=[4.0, 5.0, 6.0]), **preprocessor}
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 31, 3), np.uint8)
+    cv2.imwrite(str(tmp_path / 'x.png'), pixels)
+    values = onnx.preprocessing(Config(dict(model=dict(data_preprocessor=preprocessor))), {})
+    data = dict(inputs=[torch.from_numpy(pixels).permute(2, 0, 1)], data_samples=[SegDataSample()])
+    with DefaultScope.overwrite_default_scope(scope):
+        wanted = MODELS.build(preprocessor)(data)['inputs']
+    assert relative_error(onnx.prepare(str(tmp_path / 'x.png'), values, wanted.shape[2:]), wanted) < 1e-6
+
+
+def test_a_preprocessor_at_the_top_level_and_a_checkpoint_without_meta(save):
+    """mmengine's Runner puts a data_preprocessor of the config into the model."""
+    config, checkpoint, model = save(data_preprocessor=None)
+    text = Path(config).read_text().replace('data_preprocessor=None,', '')
+    Path(config).write_text(f'{text}\ndata_preprocessor = {PREPROCESSOR!r}\n')
+    torch.save(dict(state_dict=model.state_dict(), meta=None), checkpoint)
+    cfg, loaded, meta = load_model(config, checkpoint)
+    assert type(loaded.data_preprocessor).__name__ == PREPROCESSOR['type']
+    values = onnx.preprocessing(cfg, meta)
+    assert values['mean'] == PREPROCESSOR['mean']
+    assert values['bgr_to_rgb'] is True
+    assert values['classes'] == []
 
 
 @pytest.mark.parametrize(
@@ -284,6 +330,19 @@ def test_wrong_arguments_are_named(name, shape, images, error, message, save, tm
 def test_a_segmentor_that_tests_in_slices_is_refused(save, tmp_path):
     config, checkpoint, _ = save(test_cfg=dict(mode='slide', crop_size=(64, 64), stride=(32, 32)))
     with pytest.raises(ValueError, match=r"only segmentors that test whole images.*mode='slide'"):
+        onnx.export_onnx(config, checkpoint, str(tmp_path / 'x.onnx'), 'model', (64, 64))
+
+
+def test_models_that_predict_in_a_way_of_their_own_are_refused(save, tmp_path):
+    head = SEGMENTORS['UPerHead']['decode_head']
+    cascade = dict(type='CascadeEncoderDecoder', num_stages=1, decode_head=[head])
+    config, checkpoint, _ = save(**cascade)
+    with pytest.raises(
+        ValueError, match='of segmentors only EncoderDecoder can be exported, got CascadeEncoderDecoder'
+    ):
+        onnx.export_onnx(config, checkpoint, str(tmp_path / 'x.onnx'), 'model', (64, 64))
+    config, checkpoint, _ = save(decode_head=dict(HEAD, type='EncHead', in_channels=CHANNELS))
+    with pytest.raises(ValueError, match=r"with BaseDecodeHead's predict can be exported, got EncHead"):
         onnx.export_onnx(config, checkpoint, str(tmp_path / 'x.onnx'), 'model', (64, 64))
 
 

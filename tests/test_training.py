@@ -12,6 +12,7 @@ import cv2
 import pytest
 import torch
 from helpers import run, tool, tool_error
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 REPOSITORY = Path(__file__).parent.parent
 DETECTOR = REPOSITORY / 'configs/mini/cascade-mask-rcnn_slide-pvt-mini_fpn_mini-coco.py'
@@ -220,7 +221,7 @@ def test_twins_trained_resumed_and_tested(task, request, tmp_path):
 def test_two_processes_on_a_cpu(detection, tmp_path):
     environment = {**os.environ, 'PATH': os.pathsep.join([str(Path(sys.executable).parent), os.environ['PATH']])}
     command = [REPOSITORY / 'tools/dist_train.sh', DETECTOR, 2, '--work-dir', tmp_path / 'work', *detection]
-    environment['PORT'] = '29611'
+    environment['PORT'] = str(get_free_port())
     output = run(*command, 'train_cfg.max_epochs=1', env=environment)
     assert 'no GPU: the processes talk through gloo' in output or torch.cuda.is_available()
     checkpoint = tmp_path / 'work/epoch_1.pth'
@@ -229,7 +230,7 @@ def test_two_processes_on_a_cpu(detection, tmp_path):
     assert '[1/1]' in output
 
     test = [REPOSITORY / 'tools/dist_test.sh', DETECTOR, checkpoint, 2, '--work-dir', tmp_path / 'test', *detection]
-    environment['PORT'] = '29612'
+    environment['PORT'] = str(get_free_port())
     assert f'[{VAL_IMAGES // 2}/{VAL_IMAGES // 2}]' in run(*test, env=environment)
 
 

@@ -4,12 +4,18 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import cv2
 import numpy as np
 import onnxruntime
 
 COLOURS = np.random.default_rng(0).integers(0, 256, (256, 3))
+
+
+def fail(message: str) -> NoReturn:
+    print(f'error: {message}', file=sys.stderr)
+    sys.exit(2)
 
 
 def prepare(picture: np.ndarray, target: list, meta: dict) -> tuple[np.ndarray, tuple[int, int]]:
@@ -22,7 +28,7 @@ def prepare(picture: np.ndarray, target: list, meta: dict) -> tuple[np.ndarray, 
     padded = target if fixed else [max(32, -(-side // divisor) * divisor) for side in (height, width)]
     resized = cv2.resize(picture, (width, height))
     ordered = resized[..., ::-1] if meta['bgr_to_rgb'] else resized
-    image = np.zeros((1, 3, *padded), np.float32)
+    image = np.full((1, 3, *padded), meta['pad_value'], np.float32)
     image[0, :, :height, :width] = ((ordered - np.array(meta['mean'])) / meta['std']).transpose(2, 0, 1)
     return image, (height, width)
 
@@ -65,18 +71,24 @@ def main() -> None:
     parser.add_argument('--score-thr', type=float, default=0.3, help='of detections (default: %(default)s)')
     args = parser.parse_args()
 
-    if not Path(args.model).is_file():
-        sys.exit(f'error: there is no file {args.model}')
-    session = onnxruntime.InferenceSession(args.model, providers=['CPUExecutionProvider'])
+    for path in (args.model, args.picture):
+        if not Path(path).is_file():
+            fail(f'there is no file {path}')
+        if Path(args.out).exists() and Path(args.out).samefile(path):
+            fail(f'{args.out} is the input {path}, which would be overwritten: choose another OUT')
+    try:
+        session = onnxruntime.InferenceSession(args.model, providers=['CPUExecutionProvider'])
+    except Exception as error:  # onnxruntime's errors have no base of their own
+        fail(f'{args.model} is not an ONNX model that onnxruntime can load: {str(error).splitlines()[0]}')
     properties = session.get_modelmeta().custom_metadata_map
     if 'part' not in properties:
-        sys.exit(f'error: {args.model} was not written by tools/export_onnx.py: it does not say how to prepare images')
+        fail(f'{args.model} was not written by tools/export_onnx.py: it does not say how to prepare images')
     meta = {key: json.loads(value) for key, value in properties.items()}
     if meta['part'] != 'model':
-        sys.exit(f'error: {args.model} holds the {meta["part"]} alone, which finds nothing by itself')
+        fail(f'{args.model} holds the {meta["part"]} alone, which finds nothing by itself')
     picture = cv2.imread(args.picture)
     if picture is None:
-        sys.exit(f'error: {args.picture} is not a readable picture')
+        fail(f'{args.picture} is not a readable picture')
 
     image, size = prepare(picture, session.get_inputs()[0].shape[2:], meta)
     names = meta['classes'] or range(len(COLOURS))
@@ -91,7 +103,7 @@ def main() -> None:
     except cv2.error:  # no format is known by this name
         written = False
     if not written:
-        sys.exit(f'error: cannot write a picture to {args.out}')
+        fail(f'cannot write a picture to {args.out}')
 
 
 if __name__ == '__main__':

@@ -25,6 +25,8 @@ def load_model(config: str | Path, checkpoint: str | Path) -> tuple[Config, nn.M
     cfg = Config.fromfile(find_config(config))
     if 'backbone' not in cfg.get('model', {}):
         raise ValueError(f'{config} must have a model with a backbone')
+    if 'data_preprocessor' in cfg:  # at the top level: mmengine's Runner puts it into the model
+        cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
     content = read_checkpoint(checkpoint)
     state = find_state_dict(content, checkpoint)
     check_finite(state, checkpoint)

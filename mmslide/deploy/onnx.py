@@ -69,13 +69,22 @@ class ExportableSegmentor(Exportable):
     Both are of the image's size, which the logits are resized to as `EncoderDecoder.predict` does for whole images.
 
     Raises:
-        ValueError: the segmentor tests in slices, or has one channel for two classes.
+        ValueError: the segmentor or its head predicts in a way of its own, such as CascadeEncoderDecoder or
+            Mask2FormerHead; it tests in slices, or has one channel for two classes.
     """
 
     output_names = ('logits', 'labels')
 
     def __init__(self, segmentor: Any) -> None:
+        from mmseg.models import EncoderDecoder
+        from mmseg.models.decode_heads.decode_head import BaseDecodeHead
+
         super().__init__()
+        if type(segmentor) is not EncoderDecoder:
+            raise ValueError(f'of segmentors only EncoderDecoder can be exported, got {type(segmentor).__name__}')
+        head = type(segmentor.decode_head)
+        if (head.predict, head.predict_by_feat) != (BaseDecodeHead.predict, BaseDecodeHead.predict_by_feat):
+            raise ValueError(f"only decode heads with BaseDecodeHead's predict can be exported, got {head.__name__}")
         mode = segmentor.test_cfg.get('mode', 'whole')
         if mode != 'whole':
             raise ValueError(f"only segmentors that test whole images can be exported, got test_cfg.mode='{mode}'")
@@ -164,7 +173,7 @@ def export_onnx(
     """Writes a trained model, fused, as an ONNX file, after onnxruntime has given PyTorch's results with it.
 
     The graph takes `image` (1, 3, H, W), float32, normalised and in the model's order of channels. What is needed for
-    that stands in the file's metadata as JSON: mean, std, bgr_to_rgb, pad_divisor, classes.
+    that stands in the file's metadata as JSON, see `preprocessing`.
 
     Args:
         out: the file; it appears whole or not at all.
@@ -231,16 +240,26 @@ def to_onnx(module: Exportable, shape: tuple[int, int], dynamic: bool) -> torch.
 
 
 def preprocessing(cfg: Config, meta: dict[str, Any]) -> dict[str, Any]:
-    """What a runner must know to prepare an image and to name what was found."""
+    """What a runner must know to prepare an image, read as BGR, and to name what was found.
+
+    Args:
+        cfg: of the model, with its data_preprocessor in `cfg.model`.
+        meta: of the checkpoint.
+
+    Returns:
+        mean and std (3 numbers each), bgr_to_rgb (whether the channels are reversed), pad_value (of the normalised
+        image), pad_divisor, classes.
+    """
     values = cfg.model.get('data_preprocessor') or {}
-    divisor = values.get('pad_size_divisor') or values.get('size_divisor') or 1
-    classes = meta.get('dataset_meta', {}).get('classes') or meta.get('dataset_meta', {}).get('CLASSES') or ()
+    dataset_meta = meta.get('dataset_meta') or {}
     return {
-        'mean': list(values.get('mean') or (0.0, 0.0, 0.0)),
-        'std': list(values.get('std') or (1.0, 1.0, 1.0)),
-        'bgr_to_rgb': bool(values.get('bgr_to_rgb', False)),
-        'pad_divisor': divisor,
-        'classes': list(classes),
+        'mean': np.broadcast_to(values.get('mean') or 0.0, 3).tolist(),
+        'std': np.broadcast_to(values.get('std') or 1.0, 3).tolist(),
+        # The preprocessors of mmengine, mmdet and mmseg do the same for either.
+        'bgr_to_rgb': bool(values.get('bgr_to_rgb') or values.get('rgb_to_bgr')),
+        'pad_value': values.get('pad_value') or values.get('pad_val') or 0,
+        'pad_divisor': values.get('pad_size_divisor') or values.get('size_divisor') or 1,
+        'classes': list(dataset_meta.get('classes') or dataset_meta.get('CLASSES') or ()),
     }
 
 
@@ -259,7 +278,7 @@ def random_images(shapes: Sequence[tuple[int, int]]) -> dict[str, Tensor]:
 
 
 def prepare(file: str, values: dict[str, Any], shape: tuple[int, int]) -> Tensor:
-    """A picture as the model sees it, (1, 3, H, W): as large as fits into `shape`, normalised, zeros below and right.
+    """A picture as the model sees it, (1, 3, H, W): as large as fits into `shape`, normalised, padded below and right.
 
     Args:
         values: see `preprocessing`.
@@ -274,7 +293,9 @@ def prepare(file: str, values: dict[str, Any], shape: tuple[int, int]) -> Tensor
     scale = min(side / length for side, length in zip(shape, picture.shape, strict=False))
     resized = mmcv.imrescale(picture, scale)
     normalised = mmcv.imnormalize(resized, *(np.array(values[key]) for key in ('mean', 'std')), values['bgr_to_rgb'])
-    return torch.from_numpy(mmcv.impad(normalised, shape=shape)).permute(2, 0, 1)[None].contiguous()
+    image = torch.from_numpy(normalised).permute(2, 0, 1)[None].contiguous()
+    bottom, right = (side - length for side, length in zip(shape, image.shape[2:], strict=True))
+    return F.pad(image, (0, right, 0, bottom), value=values['pad_value'])
 
 
 def run(path: Path, images: Iterable[Tensor]) -> Iterator[list[Tensor]]:
