@@ -225,7 +225,7 @@ def check_pretrained(config: Config) -> None:
                 raise OSError(
                     f'{error}. --cfg-options {path}.checkpoint=FILE takes a file, {init_cfg}=None starts from scratch'
                 ) from error
-    if config.get('load_from'):
+    if config.get('load_from') and not config.get('resume'):
         read_checkpoint(config.load_from)
 
 

@@ -1,3 +1,4 @@
+import copy
 import inspect
 import re
 from functools import cache
@@ -131,7 +132,7 @@ def kind_of(path):
 )
 def test_every_parameter_gets_a_gradient(kind):
     path = next(path for path in CONFIGS if kind_of(path)[:2] == kind[:2])
-    model = load(path).copy().model
+    model = copy.deepcopy(load(path)).model
     dims = [16, 32, 64, 128]
     arch = dict(embed_dims=dims, depths=[2, 2, 2, 2], num_heads=[1, 2, 4, 8], mlp_ratios=2)
     if kind[2] != 'mmslide.SlideSwin':
