@@ -258,11 +258,11 @@ def last_whole_checkpoint(work_dir: str | Path) -> str | None:
 
     Those that are not whole are skipped with a warning, and those of other runs are named in one.
     """
-    metas = {}
-    record = Path(work_dir, 'last_checkpoint')
+    work_dir, metas = Path(work_dir).absolute(), {}
+    record = work_dir / 'last_checkpoint'
     last = Path(record.read_text(errors='replace').strip()) if record.is_file() else None
     if last is not None and not last.is_file():
-        last = Path(work_dir, last.name)  # the folder was moved
+        last = work_dir / last.name  # the folder was moved
     for path in {*run_checkpoints(work_dir), *([last] if last and last.is_file() else [])}:
         try:
             metas[path] = meta_of(read_checkpoint(path))
@@ -280,7 +280,8 @@ def last_whole_checkpoint(work_dir: str | Path) -> str | None:
 
 def meta_of(content: Any) -> dict[str, Any]:
     """The meta data of a checkpoint's content; {} if there is none."""
-    return (content.get('meta') or {}) if isinstance(content, dict) else {}
+    meta = content.get('meta') if isinstance(content, dict) else None
+    return meta if isinstance(meta, dict) else {}
 
 
 def same_run(first: dict[str, Any], second: dict[str, Any]) -> bool:
