@@ -1,15 +1,23 @@
+import copy
 import inspect
 import re
 from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from mmdet.testing import demo_mm_inputs
 from mmengine.config import Config
+from mmengine.model import revert_sync_batchnorm
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import HOOKS, MODELS, TRANSFORMS, DefaultScope
 from mmengine.runner import Runner
+from mmengine.structures import PixelData
+from mmseg.structures import SegDataSample
 from torch import nn
+
+from mmslide.models import slide_pvt, slide_swin, twins
 
 ROOT = Path(__file__).parents[1]
 BASES = sorted((ROOT / 'configs/_base_').rglob('*.py'))
@@ -31,6 +39,13 @@ PRETRAINED = {
     'mmslide.SlideSwin': 'swin',
     'mmslide.TwinsPCPVT': 'pcpvt',
     'mmslide.TwinsSVT': 'alt_gvt',
+}
+
+VARIANTS = {
+    'mmslide.SlidePVT': slide_pvt.VARIANTS,
+    'mmslide.SlideSwin': slide_swin.VARIANTS,
+    'mmslide.TwinsPCPVT': twins.PCPVT_VARIANTS,
+    'mmslide.TwinsSVT': twins.SVT_VARIANTS,
 }
 
 every_config = pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
@@ -85,6 +100,65 @@ def test_everything_builds(path):
         for name, hook in cfg.default_hooks.items():
             if name != 'visualization':  # wants a running visualizer
                 HOOKS.build(hook)
+
+
+@every_config
+def test_puts_out_what_is_used(path):
+    """The norm of an unused output would get no gradient, which distributed training refuses."""
+    model = load(path).model
+    arch = model.backbone.arch
+    row = VARIANTS[model.backbone.type][arch] if isinstance(arch, str) else arch
+    channels = [row['embed_dims'][index] for index in model.backbone.get('out_indices', range(4))]
+    neck = model.get('neck')
+    if neck:
+        assert neck.in_channels == channels
+        assert not {'start_level', 'end_level'} & set(neck)
+    else:
+        decode, auxiliary = model.decode_head, model.auxiliary_head
+        assert dict(zip(decode.in_index, decode.in_channels, strict=True)) == dict(enumerate(channels))
+        assert auxiliary.in_channels == channels[auxiliary.in_index]
+
+
+def kind_of(path):
+    model = load(path).model
+    return model.type, 'neck' in model, model.backbone.type
+
+
+@pytest.mark.parametrize(
+    'kind',
+    # No config here is RetinaNet on Slide-Swin, the one backbone that norms its outputs alone.
+    [*sorted({kind_of(path) for path in CONFIGS}), ('RetinaNet', True, 'mmslide.SlideSwin')],
+    ids=lambda kind: f'{kind[0]}-{"neck" if kind[1] else "no neck"}-{kind[2]}',
+)
+def test_every_parameter_gets_a_gradient(kind):
+    path = next(path for path in CONFIGS if kind_of(path)[:2] == kind[:2])
+    model = copy.deepcopy(load(path).model)
+    dims = [16, 32, 64, 128]
+    arch = dict(embed_dims=dims, depths=[2, 2, 2, 2], num_heads=[1, 2, 4, 8], mlp_ratios=2)
+    if kind[2] != 'mmslide.SlideSwin':
+        arch['sr_ratios'] = [8, 4, 2, 1]
+    model.backbone = dict(type=kind[2], arch=arch, out_indices=model.backbone.get('out_indices', range(4)))
+    channels = [dims[index] for index in model.backbone.out_indices]
+    if 'neck' in model:
+        model.neck.in_channels = channels
+    else:
+        model.decode_head.update(in_channels=channels, channels=32)
+        model.auxiliary_head.in_channels = channels[model.auxiliary_head.in_index]
+    if model.type == 'EncoderDecoder':
+        scope, size = 'mmseg', (64, 64)
+        model.data_preprocessor.size = size
+        labels = torch.randint(10, (1, *size))
+        samples = [SegDataSample(gt_sem_seg=PixelData(data=labels), metainfo=dict(img_shape=size)) for _ in range(2)]
+        data = dict(inputs=[torch.randint(256, (3, *size), dtype=torch.uint8) for _ in samples], data_samples=samples)
+    else:
+        if model.type == 'MaskRCNN':
+            model.train_cfg.rcnn.sampler.num = 16
+        scope, data = 'mmdet', demo_mm_inputs(2, (3, 128, 128), num_items=[3, 3], with_mask=True)
+    with DefaultScope.overwrite_default_scope(scope):
+        built = revert_sync_batchnorm(MODELS.build(model)).train()
+    loss, _ = built.parse_losses(built(**built.data_preprocessor(data, True), mode='loss'))
+    loss.backward()
+    assert not [name for name, parameter in built.named_parameters() if parameter.grad is None]
 
 
 @zoo_config

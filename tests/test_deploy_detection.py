@@ -48,8 +48,8 @@ def config(kind: str) -> ConfigDict:
     model.train_cfg = None
     if kind == 'retinanet':
         retinanet = Config.fromfile(CONFIGS / '_base_/models/retinanet.py').model
-        retinanet.backbone = model.backbone
-        retinanet.neck.update(in_channels=model.neck.in_channels, out_channels=64)
+        retinanet.backbone.update(model.backbone)
+        retinanet.neck.update(in_channels=model.neck.in_channels[1:], out_channels=64)
         retinanet.bbox_head.update(num_classes=CLASSES, in_channels=64, feat_channels=64, stacked_convs=2)
         retinanet.bbox_head.bbox_coder.update(
             target_stds=[0.1, 0.1, 0.2, 0.2], clip_border=False, add_ctr_clamp=True, ctr_clamp=1

@@ -12,6 +12,6 @@ model = dict(
         drop_path_rate=0.1,
         init_cfg=dict(type='Pretrained', checkpoint='https://github.com/whai362/PVT/releases/download/v2/pvt_tiny.pth'),
     ),
-    neck=dict(in_channels=[64, 128, 320, 512]),
+    neck=dict(in_channels=[128, 320, 512]),
 )
 optim_wrapper = dict(optimizer=dict(lr=1e-4))

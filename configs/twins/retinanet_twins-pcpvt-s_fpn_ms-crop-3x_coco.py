@@ -12,5 +12,5 @@ model = dict(
         drop_path_rate=0.2,
         init_cfg=dict(type='Pretrained', checkpoint=pretrained),
     ),
-    neck=dict(in_channels=[64, 128, 320, 512]),
+    neck=dict(in_channels=[128, 320, 512]),
 )

@@ -1,4 +1,4 @@
-# RetinaNet with an FPN from stride 8 on. A config adds the backbone and neck.in_channels.
+# RetinaNet with an FPN from stride 8 on. A config adds the backbone and neck.in_channels, of three stages.
 model = dict(
     type='RetinaNet',
     data_preprocessor=dict(
@@ -8,7 +8,9 @@ model = dict(
         bgr_to_rgb=True,
         pad_size_divisor=32,
     ),
-    neck=dict(type='FPN', out_channels=256, start_level=1, add_extra_convs='on_input', num_outs=5),
+    # Not start_level=1 of the neck: a norm of the first output, which SlideSwin has, would get no gradient.
+    backbone=dict(out_indices=(1, 2, 3)),
+    neck=dict(type='FPN', out_channels=256, add_extra_convs='on_input', num_outs=5),
     bbox_head=dict(
         type='RetinaHead',
         num_classes=80,
