@@ -9,6 +9,7 @@ import venv
 from pathlib import Path
 
 import pytest
+from mmengine.config import Config
 
 REPOSITORY = Path(__file__).parent.parent
 CONFIG = 'cascade-mask-rcnn_slide-pvt-mini_fpn_mini-coco.py'
@@ -61,7 +62,7 @@ def install(python, *what, cwd, env=None):
 
 
 def use(python, data, folder, train_config, test_config, zoo_config):
-    """Train, test, count and search through mim, from a folder that knows nothing of the checkout."""
+    """Train, test, count, search and download through mim, from a folder that knows nothing of the checkout."""
     folder.mkdir()
     options = ['--cfg-options', f'data_root={data}', 'train_cfg.max_epochs=1', 'train_dataloader.batch_size=2']
     mim = [python, '-m', 'mim']
@@ -72,7 +73,14 @@ def use(python, data, folder, train_config, test_config, zoo_config):
     assert 'Testing finished successfully' in output
     for config in (zoo_config, ZOO_CONFIG):  # by path and by bare name
         assert 'multiply-adds' in run(*mim, 'run', 'mmslide', 'get_flops', config, '--shape', 64, 64, cwd=folder)
-    assert ZOO_CONFIG[:-3] in run(*mim, 'search', 'mmslide', '--model', 'Slide-PVT', cwd=folder)
+    output = run(*mim, 'search', 'mmslide', '--model', 'Slide-PVT', cwd=folder)
+    assert ZOO_CONFIG[:-3] in output
+    assert 'none yet; mim download delivers the config alone' in output
+    run(*mim, 'download', 'mmslide', '--config', ZOO_CONFIG[:-3], '--dest', 'downloaded', cwd=folder)
+    (config,) = (folder / 'downloaded').iterdir()
+    assert config.name == ZOO_CONFIG
+    ours = REPOSITORY / 'configs/slide_pvt' / ZOO_CONFIG
+    assert Config.fromfile(config).to_dict() == Config.fromfile(ours).to_dict()
 
 
 def test_wheel(checkout, python, data, tmp_path):
