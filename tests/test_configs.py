@@ -132,7 +132,7 @@ def kind_of(path):
 )
 def test_every_parameter_gets_a_gradient(kind):
     path = next(path for path in CONFIGS if kind_of(path)[:2] == kind[:2])
-    model = copy.deepcopy(load(path)).model
+    model = copy.deepcopy(load(path).model)
     dims = [16, 32, 64, 128]
     arch = dict(embed_dims=dims, depths=[2, 2, 2, 2], num_heads=[1, 2, 4, 8], mlp_ratios=2)
     if kind[2] != 'mmslide.SlideSwin':
@@ -226,6 +226,7 @@ def test_settings():
     for size in 'ts':
         assert settings(f'slide-pvt-{size}_fpn_8xb4-80k_ade20k-512x512') == (1e-4, 1e-4, 0.2, full)
         assert settings(f'slide-swin-{size}_upernet_8xb2-160k_ade20k-512x512') == (6e-5, 0.01, 0.3, full)
+    assert settings('slide-swin-t_upernet_8xb2-layer-decay-160k_ade20k-512x512') == (6e-5, 0.01, 0.3, full)
     for model in ('pcpvt-s', 'pcpvt-b', 'pcpvt-l', 'svt-s', 'svt-b', 'svt-l'):
         assert settings(f'mask-rcnn_twins-{model}_fpn_1x_coco') == (2e-4, 1e-4, 0.2, full)
         assert settings(f'mask-rcnn_twins-{model}_fpn_ms-crop-3x_coco') == (1e-4, 0.05, 0.2, amp)

@@ -48,7 +48,7 @@ def config(kind: str) -> ConfigDict:
     model.train_cfg = None
     if kind == 'retinanet':
         retinanet = Config.fromfile(CONFIGS / '_base_/models/retinanet.py').model
-        retinanet.backbone = ConfigDict(model.backbone, out_indices=retinanet.backbone.out_indices)
+        retinanet.backbone.update(model.backbone)
         retinanet.neck.update(in_channels=model.neck.in_channels[1:], out_channels=64)
         retinanet.bbox_head.update(num_classes=CLASSES, in_channels=64, feat_channels=64, stacked_convs=2)
         retinanet.bbox_head.bbox_coder.update(

@@ -47,6 +47,8 @@ PAPER = {
     'slide_swin/swin-s_upernet_8xb2-160k_ade20k-512x512': (1038, 81),
     'slide_swin/slide-swin-t_upernet_8xb2-160k_ade20k-512x512': (946, 60),
     'slide_swin/slide-swin-s_upernet_8xb2-160k_ade20k-512x512': (1038, 81),
+    'slide_swin/slide-swin-t_upernet_8xb2-layer-decay-160k_ade20k-512x512': (None, None),
+    'slide_swin/swin-t_upernet_8xb2-layer-decay-160k_ade20k-512x512': (None, None),
     'twins/mask-rcnn_twins-pcpvt-s_fpn_1x_coco': (None, 44.3),
     'twins/mask-rcnn_twins-pcpvt-s_fpn_ms-crop-3x_coco': (None, 44.3),
     'twins/retinanet_twins-pcpvt-s_fpn_1x_coco': (None, None),
