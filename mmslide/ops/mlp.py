@@ -91,8 +91,6 @@ def _gradients(
         before = kept[part] if len(kept) else torch.addmm(bias1, normed, weight1.t(), out=blocks.buffer(0, part))
         if needed[5]:
             grads[5].addmm_(grad.t(), torch.ops.aten.gelu.out(before, out=blocks.buffer(1, part)))
-        if needed[6]:
-            grads[6] += grad.sum(0)
         if not any(needed[:5]):
             continue
         grad_hidden = torch.mm(grad, weight2, out=blocks.buffer(2, part))
@@ -108,6 +106,8 @@ def _gradients(
             result.copy_(of_norm[0])
             grads[1] += of_norm[1]
             grads[2] += of_norm[2]
+    if needed[6]:
+        grads[6] = grad_out.flatten(0, -2).sum(0)  # at once, since the sum of a half-precision block is rounded
     return [grad if need else None for grad, need in zip(grads, needed, strict=True)]
 
 
