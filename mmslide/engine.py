@@ -7,15 +7,14 @@ import re
 import warnings
 import zipfile
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
+from mmslide.data import dicts, move_data
 from mmslide.files import find_config
 
 
@@ -70,25 +69,6 @@ def build_runner(config: Config) -> Runner:
     return RUNNERS.build(config) if 'runner_type' in config else Runner.from_cfg(config)
 
 
-def move_data(config: Config, data_root: str) -> None:
-    """Puts data_root in place of the config's own one in every path that begins with it.
-
-    In a config alone, datasets and evaluators keep the paths they were written with.
-    """
-    old, new = str(Path(config.data_root)), str(Path(data_root))
-    pattern = re.compile(rf'^{re.escape(old)}(?=/|$)')
-
-    def moved(value: Any) -> Any:
-        if isinstance(value, dict):
-            return type(value)({key: moved(item) for key, item in value.items()})
-        if isinstance(value, list | tuple):
-            return type(value)(moved(item) for item in value)
-        return pattern.sub(lambda _: new, value) if isinstance(value, str) else value
-
-    for key in list(config):
-        config[key] = moved(config[key])
-
-
 def fall_back_to_cpu(config: Config) -> None:
     """Replaces what needs a GPU, and says so: mixed precision, SyncBN, one device for each process."""
     wrapper = config.get('optim_wrapper')
@@ -110,34 +90,6 @@ def fall_back_to_cpu(config: Config) -> None:
             broadcast_buffers=False,
             find_unused_parameters=config.get('find_unused_parameters', False),
         )
-
-
-def check_data(config: Config, *dataloaders: str) -> None:
-    """Looks whether the files and folders of the data sets are there, before anything is written.
-
-    Raises:
-        FileNotFoundError: naming the first path that is not.
-    """
-    for name in dataloaders:
-        for dataset in dicts(config.get(name) or {}):
-            prefixes = dataset.get('data_prefix')
-            if not isinstance(prefixes, dict):
-                continue
-            for part in (dataset.get('ann_file') or '', *prefixes.values()):
-                path = os.path.join(dataset.get('data_root') or '', part)
-                if path and '://' not in path and not os.path.exists(path):
-                    raise FileNotFoundError(
-                        f'{path}, which {name} reads, does not exist. docs/datasets.md shows the folders; '
-                        '--cfg-options data_root=DIR says where they are'
-                    )
-
-
-def dicts(node: Any) -> Iterator[dict]:
-    """Every dict in a nested config."""
-    if isinstance(node, dict):
-        yield node
-    for item in node.values() if isinstance(node, dict) else node if isinstance(node, list | tuple) else ():
-        yield from dicts(item)
 
 
 def check_checkpoint(path: str) -> None:

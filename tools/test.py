@@ -1,6 +1,7 @@
 """Tests a detector or a segmentor."""
 
 from mmslide import engine
+from mmslide.data import check_data
 
 
 def main() -> None:
@@ -14,7 +15,7 @@ def main() -> None:
     args = parser.parse_args()
 
     config = engine.read_config(args)
-    engine.check_data(config, 'test_dataloader')
+    check_data(config, 'test_dataloader')
     engine.check_checkpoint(args.checkpoint)
     config.load_from = args.checkpoint
     if args.show or args.show_dir:

@@ -1,6 +1,7 @@
 """Trains a detector or a segmentor."""
 
 from mmslide import engine
+from mmslide.data import check_data
 
 
 def main() -> None:
@@ -17,7 +18,7 @@ def main() -> None:
     args = parser.parse_args()
 
     config = engine.read_config(args)
-    engine.check_data(config, 'train_dataloader', 'val_dataloader')
+    check_data(config, 'train_dataloader', 'val_dataloader')
     if args.amp:
         config.optim_wrapper.update(type='AmpOptimWrapper', loss_scale='dynamic')
     if args.auto_scale_lr:
