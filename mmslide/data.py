@@ -170,9 +170,16 @@ class DatasetCheck:
         }.get(self._reader())
         if missing or check is None:
             return
-        scope = dict(_scope_=self.config.get('default_scope'))
+        root = self.options.get('data_root') or ''
+        self.is_local = is_local(root, self.options)
+        changes = dict(
+            data_root=root if self.is_local else '',  # mmengine would ask another backend to join its paths
+            pipeline=[],
+            lazy_init=True,
+            _scope_=self.config.get('default_scope'),
+        )
         try:
-            self.dataset = DATASETS.build({**self.options, **scope, 'pipeline': [], 'lazy_init': True})
+            self.dataset = DATASETS.build({**self.options, **changes})
         except (ValueError, AssertionError) as error:  # of mmseg, about the classes
             yield ValueError(
                 f"{self.loader}: {error}; classes other than the data set's own need type='BaseSegDataset' and "
@@ -256,7 +263,7 @@ class DatasetCheck:
         if not path:
             yield ValueError(f'{self.loader}: the data set has no ann_file; set it to a JSON file in COCO format')
             return
-        if not is_local(path, self.options):
+        if not (self.is_local and is_local(path)):
             yield from self._wrong_num_classes()
             return
         if os.path.getsize(path) > MAX_JSON_BYTES and not self.everything:
@@ -399,7 +406,7 @@ class DatasetCheck:
         if wrong:
             text += (
                 f'; mmdet numbers labels in the order of the file, so that {names[wrong[0]]!r} gets the label of '
-                f'{self.classes[wrong[0]]!r}. metainfo=dict(classes={tuple(names)}) has the right order'
+                f'{self.classes[wrong[0]]!r}: give metainfo=dict(classes=(...)) the order {listed(names)}'
             )
         warnings.warn(text, stacklevel=2)
 
@@ -464,7 +471,7 @@ class DatasetCheck:
         wrong = list(self._wrong_num_classes())
         yield from wrong
         loaders = self._transforms('LoadAnnotations')
-        if wrong or not is_local(folder, *self._file_readers()):
+        if wrong or not (self.is_local and is_local(folder, *self._file_readers())):
             return
         files = dataset.load_data_list()
         self.images = len(files)

@@ -1,5 +1,4 @@
 import argparse
-import re
 import shutil
 
 import pytest
@@ -74,20 +73,6 @@ def test_fall_back_to_cpu(read):
     assert config.optim_wrapper == dict(type='OptimWrapper', optimizer=dict(type='AdamW'))
     assert 'SyncBN' not in str(config.model)
     assert config.model_wrapper_cfg.device_ids is None
-
-
-def test_missing_data_is_named(read, tmp_path):
-    config = read(data_root=str(tmp_path))
-    with pytest.raises(
-        FileNotFoundError, match=r'annotations/train\.json, which train_dataloader reads.*data_root=DIR'
-    ):
-        engine.check_data(config, 'train_dataloader')
-    (tmp_path / 'annotations').mkdir()
-    (tmp_path / 'annotations' / 'train.json').write_text('{}')
-    with pytest.raises(FileNotFoundError, match=re.escape(f'{tmp_path}/train/, which train_dataloader reads')):
-        engine.check_data(config, 'train_dataloader')
-    (tmp_path / 'train').mkdir()
-    engine.check_data(config, 'train_dataloader')
 
 
 def test_last_whole_checkpoint_passes_over_damaged_ones(tmp_path):
