@@ -274,6 +274,14 @@ def test_empty_annotation_file(coco):
         data.check_data(read(MASKS, coco), 'train_dataloader')
 
 
+def test_annotation_file_that_cannot_be_read(coco):
+    path = coco / 'annotations/instances_train2017.json'
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(OSError, match=re.escape(str(path))):
+        data.check_data(read(MASKS, coco), 'train_dataloader')
+
+
 def test_data_set_without_annotation_file(coco):
     config = read(MASKS, coco)
     config.train_dataloader.dataset.ann_file = ''
@@ -344,6 +352,22 @@ def test_heads_with_classes_of_their_own(coco):
     config.model.roi_head.semantic_head = dict(type='FusedSemanticHead', num_classes=183)
     config.model.backbone.num_classes = 1000
     assert problems(config) == []
+
+
+def test_num_classes_of_an_open_vocabulary(coco):
+    config = read(BOXES, coco, **{'model.bbox_head.num_classes': 256})
+    assert len(problems(config)) == 2
+    for loader in (config.train_dataloader, config.val_dataloader):
+        loader.dataset.return_classes = True
+    assert problems(config) == []
+
+
+@pytest.mark.parametrize('where', ['s3://bucket/coco', 'large'])
+def test_num_classes_beside_annotations_that_are_not_read(where, coco, monkeypatch):
+    monkeypatch.setattr(data, 'MAX_JSON_BYTES', 200)
+    config = read(BOXES, coco if where == 'large' else where, **{'model.bbox_head.num_classes': 3})
+    assert all('has 80 classes' in str(problem) for problem in problems(config))
+    assert len(problems(config)) == 2
 
 
 @pytest.mark.parametrize('classes', [None, 'red'])
