@@ -7,7 +7,8 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 
-from mmslide.checkpoints import StateDict, listed
+from mmslide.checkpoints import StateDict
+from mmslide.messages import listed
 
 
 def build_model(cfg: Config, device: str = 'cpu') -> nn.Module:

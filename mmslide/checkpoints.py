@@ -21,6 +21,8 @@ from mmengine import fileio
 from mmengine.runner import checkpoint as mmengine_checkpoint
 from torch import Tensor
 
+from .messages import listed
+
 StateDict = dict[str, Tensor]
 
 # Schemes that stand for an address in one of mmengine's tables.
@@ -127,11 +129,6 @@ def non_finite(state: Mapping[str, Tensor]) -> list[str]:
     # Stacked, so that a GPU is waited for once.
     flags = torch.stack([flag.to(finite[0].device) for flag in finite]).tolist()
     return [key for key, flag in zip(floats, flags, strict=True) if not flag]
-
-
-def listed(names: list[str], most: int = 3) -> str:
-    """The first few names, for a message."""
-    return ', '.join(names[:most]) + (', ...' if len(names) > most else '')
 
 
 def is_safetensors(path: str | Path) -> bool:

@@ -7,7 +7,7 @@ import os
 import re
 import warnings
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,10 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 from mmslide.build import build_model, load_weights
-from mmslide.checkpoints import find_state_dict, listed, non_finite, read_checkpoint
-from mmslide.cli import INPUT_ERRORS, exit_on
+from mmslide.checkpoints import find_state_dict, non_finite, read_checkpoint
+from mmslide.data import dicts, move_data, named_dicts
 from mmslide.files import find_config
+from mmslide.messages import INPUT_ERRORS, exit_on, listed
 
 # Of a config, beside the arguments of mmengine's Runner: what it looks up later, and what tools look up.
 RUNNER_KEYS = (
@@ -131,25 +132,6 @@ def launch(runner: Runner, start: Callable[[], Any]) -> None:
             raise error
 
 
-def move_data(config: Config, data_root: str) -> None:
-    """Puts data_root in place of the config's own one in every path that begins with it.
-
-    In a config alone, datasets and evaluators keep the paths they were written with.
-    """
-    old, new = str(Path(config.data_root)), str(Path(data_root))
-    pattern = re.compile(rf'^{re.escape(old)}(?=/|$)')
-
-    def moved(value: Any) -> Any:
-        if isinstance(value, dict):
-            return type(value)({key: moved(item) for key, item in value.items()})
-        if isinstance(value, list | tuple):
-            return type(value)(moved(item) for item in value)
-        return pattern.sub(lambda _: new, value) if isinstance(value, str) else value
-
-    for key in list(config):
-        config[key] = moved(config[key])
-
-
 def fall_back_to_cpu(config: Config) -> None:
     """Without a GPU replaces what needs one, and says so: mixed precision, SyncBN, one device for each process."""
     if torch.cuda.is_available():
@@ -173,40 +155,6 @@ def fall_back_to_cpu(config: Config) -> None:
             broadcast_buffers=False,
             find_unused_parameters=config.get('find_unused_parameters', False),
         )
-
-
-def check_data(config: Config, *dataloaders: str) -> None:
-    """Looks whether the files and folders of the data sets are there, before anything is written.
-
-    Raises:
-        FileNotFoundError: naming the first path that is not.
-    """
-    for name in dataloaders:
-        for dataset in dicts(config.get(name) or {}):
-            prefixes = dataset.get('data_prefix')
-            if not isinstance(prefixes, dict):
-                continue
-            for part in (dataset.get('ann_file') or '', *prefixes.values()):
-                path = os.path.join(dataset.get('data_root') or '', part)
-                if path and '://' not in path and not os.path.exists(path):
-                    raise FileNotFoundError(
-                        f'{path}, which {name} reads, does not exist. docs/datasets.md shows the folders; '
-                        '--cfg-options data_root=DIR says where they are'
-                    )
-
-
-def named_dicts(node: Any, name: str) -> Iterator[tuple[str, dict]]:
-    """Every dict in a nested config with its key, as --cfg-options spells it."""
-    if isinstance(node, dict):
-        yield name, node
-    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list | tuple) else ()
-    for key, item in items:
-        yield from named_dicts(item, f'{name}.{key}')
-
-
-def dicts(node: Any) -> Iterator[dict]:
-    """Every dict in a nested config."""
-    return (found for _, found in named_dicts(node, ''))
 
 
 def check_pretrained(config: Config) -> None:

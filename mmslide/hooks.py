@@ -6,7 +6,8 @@ import torch
 from mmengine.hooks import CheckpointHook, Hook
 from mmengine.runner import Runner
 
-from mmslide.checkpoints import listed, non_finite
+from mmslide.checkpoints import non_finite
+from mmslide.messages import listed
 from mmslide.registry import HOOKS
 
 

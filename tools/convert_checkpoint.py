@@ -4,7 +4,7 @@ import argparse
 
 from rich.console import Console
 
-from mmslide.cli import INPUT_ERRORS, exit_on
+from mmslide.messages import INPUT_ERRORS, exit_on
 from mmslide.weights import convert_checkpoint
 from mmslide.weights.layouts import TARGETS
 

@@ -2,8 +2,8 @@
 
 import argparse
 
-from mmslide.cli import INPUT_ERRORS, exit_on
 from mmslide.deploy import fuse_checkpoint
+from mmslide.messages import INPUT_ERRORS, exit_on
 
 
 def main() -> None:

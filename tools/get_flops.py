@@ -5,9 +5,9 @@ import argparse
 from mmengine.config import DictAction
 from rich.console import Console
 
-from mmslide.cli import INPUT_ERRORS, exit_on
 from mmslide.engine import config_from_file, merge_options
 from mmslide.flops import complexity_table, count_complexity
+from mmslide.messages import INPUT_ERRORS, exit_on
 
 
 def main() -> None:

@@ -1,7 +1,8 @@
 """Tests a detector or a segmentor."""
 
 from mmslide import engine
-from mmslide.cli import INPUT_ERRORS, exit_on
+from mmslide.data import check_data
+from mmslide.messages import INPUT_ERRORS, exit_on
 
 
 def main() -> None:
@@ -16,7 +17,7 @@ def main() -> None:
         args = parser.parse_args()
         config = engine.read_config(args)
         engine.fall_back_to_cpu(config)
-        engine.check_data(config, 'test_dataloader')
+        check_data(config, 'test_dataloader')
         engine.check_model(config, args.config, args.checkpoint)
         config.load_from = args.checkpoint
         if args.show or args.show_dir:

@@ -1,7 +1,8 @@
 """Trains a detector or a segmentor."""
 
 from mmslide import engine
-from mmslide.cli import INPUT_ERRORS, exit_on
+from mmslide.data import check_data
+from mmslide.messages import INPUT_ERRORS, exit_on
 
 
 def main() -> None:
@@ -23,7 +24,7 @@ def main() -> None:
         if args.auto_scale_lr:
             engine.set_auto_scale_lr(config)
         engine.fall_back_to_cpu(config)
-        engine.check_data(config, 'train_dataloader', 'val_dataloader')
+        check_data(config, 'train_dataloader', 'val_dataloader')
         engine.set_resume(config, args.resume)
         engine.check_model(config, args.config, config.load_from if config.get('resume') else None)
         engine.check_pretrained(config)

@@ -1,8 +1,9 @@
-"""What all tools do the same way: one message and exit status 2 for what the user can mend."""
+"""Errors that the user can fix: one message and exit status 2 from every tool."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 # What arguments, configs, data and checkpoints that do not fit raise, here and in mmengine, mmdet and mmseg. All others
 # (RuntimeError, AttributeError, ...) are bugs.
@@ -25,3 +26,9 @@ def message(error: Exception) -> str:
     if 'Original Traceback' in text:
         text = text.splitlines()[-1]
     return text or type(error).__name__
+
+
+def listed(values: Sequence[Any], limit: int = 3) -> str:
+    """The first values, and how many there are if not all are shown."""
+    text = ', '.join(map(str, values[:limit])) or 'nothing'
+    return text if len(values) <= limit else f'{text}, ... ({len(values)} in all)'
