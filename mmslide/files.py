@@ -59,7 +59,7 @@ def atomic_write(
 
 
 def _check_output(out: str | Path, inputs: Iterable[str | Path], folders: bool) -> Path:
-    """The path that an output is written to, behind its symlinks."""
+    """The path that an output is written to, its symlinks followed."""
     target = Path(os.path.realpath(out))
     if not target.parent.is_dir():
         raise ValueError(f'the folder of {out} does not exist')
