@@ -698,8 +698,8 @@ def test_tool_without_training_data(coco, tmp_path, run_tool):
 
 @pytest.mark.slow
 def test_tool_as_a_process(coco):
-    options = ['--cfg-options', f'data_root={coco}', 'val_dataloader.dataset.test_mode=True']
-    assert 'val2017.json' in tool('check_data', MASKS, *options)
+    path = coco / 'annotations/instances_val2017.json'
+    assert f'val_dataloader: {path}\n' in tool('check_data', MASKS, '--cfg-options', f'data_root={coco}')
     code, output = tool('check_data', MASKS, '--cfg-options', 'data_root=/nowhere', check=False)
     assert code == 2
     assert output.count('error: /nowhere/annotations/instances_train2017.json, which train_dataloader') == 1

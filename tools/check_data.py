@@ -20,7 +20,7 @@ MAX_PROBLEMS = 20
 
 
 def summary(check: DatasetCheck) -> Table:
-    table = Table(title=check.name, title_justify='left', title_style='bold', show_header=False)
+    table = Table(show_header=False)
     for name, number in (('images', check.images), ('annotations', check.annotations)):
         table.add_row(name, 'not counted' if number is None else f'{number:,}')
     if check.per_class:
@@ -72,6 +72,7 @@ def main() -> None:
         config = engine.read_config(args)
         checks = check_datasets(config, *LOADERS, everything=True)
         for check in checks:
+            print(check.name)
             Console(markup=False).print(summary(check))
         problems = list(dict.fromkeys(str(problem) for check in checks for problem in check.problems))
         if problems:
