@@ -30,11 +30,10 @@ RUNNER_KEYS = (
 )
 
 
-def argument_parser(description: str) -> ArgumentParser:
-    """The options that training and testing share, as mmdet and mmseg name them."""
+def config_parser(description: str) -> ArgumentParser:
+    """The options of every tool that reads a config."""
     parser = ArgumentParser(description=description)
     parser.add_argument('config', help='config file')
-    parser.add_argument('--work-dir', help='folder for logs and checkpoints; ./work_dirs/CONFIG by default')
     parser.add_argument(
         '--cfg-options',
         nargs='+',
@@ -42,6 +41,13 @@ def argument_parser(description: str) -> ArgumentParser:
         default={},
         help='KEY=VALUE pairs that override the config, lists as key="[a,b]". data_root=DIR moves all data sets.',
     )
+    return parser
+
+
+def argument_parser(description: str) -> ArgumentParser:
+    """The options that training and testing share, as mmdet and mmseg name them."""
+    parser = config_parser(description)
+    parser.add_argument('--work-dir', help='folder for logs and checkpoints; ./work_dirs/CONFIG by default')
     parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')
     # torch.distributed.launch passes it by argument, torchrun by environment variable.
     parser.add_argument('--local-rank', '--local_rank', type=int, default=0)
@@ -56,15 +62,26 @@ def read_config(args: Namespace) -> Config:
         ValueError: it cannot be read, or see `merge_options`.
     """
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
-    config = config_from_file(args.config)
-    options = dict(args.cfg_options)
+    config = config_with_options(args.config, args.cfg_options)
+    config.launcher = args.launcher
+    if args.work_dir or 'work_dir' not in config:
+        config.work_dir = args.work_dir or str(Path('work_dirs', Path(args.config).stem))
+    return config
+
+
+def config_with_options(name: str, options: dict[str, Any]) -> Config:
+    """A config by its path or its bare name, with the values of --cfg-options.
+
+    Raises:
+        FileNotFoundError: there is no such config.
+        ValueError: it cannot be read; or see `merge_options` and `move_data`.
+    """
+    config = config_from_file(name)
+    options = dict(options)
     data_root = options.pop('data_root', None)
     merge_options(config, options)
     if data_root is not None:
         move_data(config, data_root)
-    config.launcher = args.launcher
-    if args.work_dir or 'work_dir' not in config:
-        config.work_dir = args.work_dir or str(Path('work_dirs', Path(args.config).stem))
     return config
 
 

@@ -1,18 +1,17 @@
 """Checks every file of a config's data sets, and draws what the training pipeline makes of them."""
 
-import argparse
 from pathlib import Path
 
 import numpy as np
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from mmengine.registry import DATASETS, VISUALIZERS
 from mmengine.structures import PixelData
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from mmslide import engine
 from mmslide.data import DatasetCheck, check_datasets
+from mmslide.engine import config_parser, config_with_options
 from mmslide.messages import INPUT_ERRORS, exit_on
 
 LOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
@@ -55,21 +54,12 @@ def draw(config: Config, folder: str, number: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('config', help='config file')
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=DictAction,
-        default={},
-        help='KEY=VALUE pairs that override the config, as in training. data_root=DIR moves all data sets.',
-    )
+    parser = config_parser(__doc__)
     parser.add_argument('--show-dir', help='folder for images with their annotations, after augmentation')
     parser.add_argument('--number', type=int, default=16, help='images in --show-dir (default: %(default)s)')
-    parser.set_defaults(work_dir=None, launcher='none', local_rank=0)
     with exit_on(*INPUT_ERRORS):
         args = parser.parse_args()
-        config = engine.read_config(args)
+        config = config_with_options(args.config, args.cfg_options)
         checks = check_datasets(config, *LOADERS, everything=True)
         for check in checks:
             print(check.name)

@@ -1,18 +1,14 @@
 """Counts the multiply-adds and parameters of a whole model: `python tools/get_flops.py CONFIG`."""
 
-import argparse
-
-from mmengine.config import DictAction
 from rich.console import Console
 
-from mmslide.engine import config_from_file, merge_options
+from mmslide.engine import config_parser, config_with_options
 from mmslide.flops import complexity_table, count_complexity
 from mmslide.messages import INPUT_ERRORS, exit_on
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description='Count the multiply-adds and parameters of a whole model.')
-    parser.add_argument('config', help='config file')
+    parser = config_parser('Count the multiply-adds and parameters of a whole model.')
     parser.add_argument(
         '--shape',
         type=int,
@@ -20,13 +16,9 @@ def main() -> None:
         metavar=('HEIGHT', 'WIDTH'),
         help='of the image in pixels; 800 1280 for detection and 512 2048 for segmentation if not given',
     )
-    parser.add_argument(
-        '--cfg-options', nargs='+', action=DictAction, default={}, help='changes to the config, as key=value'
-    )
     with exit_on(*INPUT_ERRORS):
         args = parser.parse_args()
-        config = config_from_file(args.config)
-        merge_options(config, args.cfg_options)
+        config = config_with_options(args.config, args.cfg_options)
         complexity = count_complexity(config, args.shape)
     Console().print(complexity_table(complexity))
 
