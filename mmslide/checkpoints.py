@@ -34,6 +34,7 @@ ALIASES = {
     'mmcls': mmengine_checkpoint.get_mmcls_models,
 }
 OBJECT_STORES = (r'(\S+\:)?s3://', r'(\S+\:)?petrel://')
+FOLDER = 0x10  # in an entry's attributes
 # What the authors' training scripts keep beside the weights; read as plain containers.
 HARMLESS: list = [(OrderedDict, 'yacs.config.CfgNode'), (argparse.Namespace, 'argparse.Namespace')]
 
@@ -51,8 +52,9 @@ def load_from_mmslide(filename: str, map_location: Any = None, **_: Any) -> Any:
     content = read_checkpoint(filename, map_location)
     if filename.startswith('mmcls://'):
         return mmengine_checkpoint._process_mmcls_checkpoint(content)
-    if isinstance(content, dict) and isinstance(content.get('meta'), dict):
-        content['meta'].pop('config', None)  # mmengine never writes it, but runs it as Python code on resume
+    meta_of(content).pop('config', None)  # mmengine never writes it, but runs it as Python code on resume
+    if isinstance(content, dict) and 'state_dict' not in content and isinstance(content.get('model'), dict):
+        content['state_dict'] = content['model']  # mmengine would take the wrapper for the weights
     return content
 
 
@@ -73,6 +75,8 @@ def read_checkpoint(checkpoint: str | Path, map_location: Any = 'cpu') -> Any:
     name = str(checkpoint)
     with _local_file(name) as file:
         try:
+            if file.exists() and not file.is_file():
+                raise OSError(0, 'it is not a file')
             file.open('rb').close()
         except FileNotFoundError:
             raise FileNotFoundError(f'checkpoint {name} does not exist') from None
@@ -101,12 +105,36 @@ def find_state_dict(content: Any, checkpoint: str | Path) -> StateDict:
     for wrapper in ('state_dict', 'model'):
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
+            break
     if not isinstance(content, dict) or not any(isinstance(x, Tensor) for x in content.values()):
         raise ValueError(f'{checkpoint} holds no state dict, but {_described(content)}')
     state = {key: value for key, value in content.items() if isinstance(value, Tensor)}
+    odd = [key for key, value in state.items() if not isinstance(key, str) or value.is_meta]
+    if odd:
+        raise ValueError(
+            f'{checkpoint} holds no state dict: the names must be strings and the tensors have data, got {odd[0]!r}'
+        )
     if any(key.startswith('module.') for key in state):
         state = {key.removeprefix('module.'): value for key, value in state.items()}
     return state
+
+
+def meta_of(content: Any) -> dict[str, Any]:
+    """The meta data of what `read_checkpoint` has read; {} if there is none."""
+    meta = content.get('meta') if isinstance(content, dict) else None
+    return meta if isinstance(meta, dict) else {}
+
+
+def save_checkpoint(content: Any, file: Path) -> None:
+    """`torch.save`.
+
+    Raises:
+        OSError: the file cannot be written, for which torch has a RuntimeError.
+    """
+    try:
+        torch.save(content, file)
+    except RuntimeError as error:
+        raise OSError(f'cannot write {file.name}: {str(error).splitlines()[0]}') from error
 
 
 def check_finite(state: Mapping[str, Tensor], source: str | Path) -> None:
@@ -122,7 +150,8 @@ def check_finite(state: Mapping[str, Tensor], source: str | Path) -> None:
 
 def non_finite(state: Mapping[str, Tensor]) -> list[str]:
     """The names of the floating-point tensors that hold NaN or infinite values."""
-    floats = {key: value for key, value in state.items() if value.is_floating_point()}
+    floats = {key: value.detach() for key, value in state.items() if value.is_floating_point()}
+    floats = {key: value.coalesce().values() if value.is_sparse else value for key, value in floats.items()}
     if not floats:
         return []
     finite = [value.isfinite().all() for value in floats.values()]
@@ -198,7 +227,8 @@ def _read_torch(file: Path, map_location: Any) -> Any:
         raise
     except Exception as error:  # a damaged file can fail anywhere in the unpickler, in any way
         # Without torch's advice to read the file with weights_only=False, which would run it.
-        refusal = re.search(r'(?:GLOBAL|WeightsUnpickler error:) ([^\n]+?)(?: was not| whose module|\n|$)', str(error))
+        pattern = r'(?:GLOBAL|WeightsUnpickler error:)\s+([^\n]+?)(?: was not| whose module|\n|$)'
+        refusal = re.search(pattern, str(error))
         what = 'a TorchScript program' if 'TorchScript' in str(error) else refusal and refusal[1]
         reason = f'it is damaged, or holds more than tensors and plain values ({what})'
         raise ValueError(reason if what else damaged) from error
@@ -206,11 +236,13 @@ def _read_torch(file: Path, map_location: Any) -> Any:
 
 def _is_whole(file: Path) -> bool:
     """Whether the checksums of a zip file are right, which torch does not compare; other formats have none."""
-    if not zipfile.is_zipfile(file):
-        return True
     try:
+        if not zipfile.is_zipfile(file):
+            return True
         with zipfile.ZipFile(file) as archive:
-            return archive.testzip() is None
+            # torch reads nothing at all, and gives unwritten memory, for what is marked as a folder.
+            folders = any(entry.external_attr & FOLDER for entry in archive.infolist())
+            return not folders and archive.testzip() is None
     except Exception:  # of a flipped bit anywhere in the archive's own structures
         return False
 

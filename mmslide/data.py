@@ -254,7 +254,8 @@ class DatasetCheck:
     def _heads(self) -> Iterator[tuple[str, dict]]:
         def walk(node: Any, path: str) -> Iterator[tuple[str, dict]]:
             if isinstance(node, dict):
-                if isinstance(node.get('num_classes'), int) and 'head' in path and node.get('type') not in OTHER_HEADS:
+                counts = isinstance(node.get('num_classes'), int) and not node.get('class_agnostic')
+                if counts and 'head' in path and node.get('type') not in OTHER_HEADS:
                     yield path, node
                 items: Iterable[tuple[Any, Any]] = node.items()
             else:
@@ -393,7 +394,9 @@ class DatasetCheck:
                 faults['both are [height, width] and must be the same'].append(
                     f'{name} has a mask of size {mask.get("size")!r}, its image {size}'
                 )
-            if isinstance(mask, list) and not all(isinstance(polygon, list) for polygon in mask):
+            if fault := mask_fault(mask):
+                faults['correct or remove it'].append(f'{name} has {fault}')
+            elif isinstance(mask, list) and not all(isinstance(polygon, list) for polygon in mask):
                 faults['a segmentation is a list of polygons, [[x1, y1, x2, y2, ...], ...]'].append(
                     f'{name} has segmentation=[{listed(mask)}]'
                 )
@@ -585,6 +588,29 @@ def is_local(path: str, *readers: dict) -> bool:
 
 def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
+
+
+def mask_fault(mask: Any) -> str | None:
+    """What keeps pycocotools from reading a `segmentation`; None for lists and dicts that it can read."""
+    if isinstance(mask, dict):
+        from pycocotools import mask as mask_utils  # comes with mmdet
+
+        try:
+            counts = mask['counts']
+            if isinstance(counts, list):
+                mask_utils.frPyObjects(mask, *mask['size'])
+            else:
+                with warnings.catch_warnings(action='ignore'):  # of NumPy 2, about pycocotools
+                    mask_utils.decode(mask)
+        except Exception as error:  # of its C code, nearly everything
+            return f'a run-length encoded segmentation that cannot be read ({type(error).__name__}: {error})'
+    elif isinstance(mask, list):
+        numbers = [number for polygon in mask if isinstance(polygon, list) for number in polygon]
+        if wrong := [number for number in numbers if not is_number(number)]:
+            return f'{wrong[0]!r} in its segmentation'
+    elif mask is not None:
+        return f'segmentation={mask!r}, which is neither polygons nor run-length encoded'
+    return None
 
 
 def complete(entries: list, noun: str, keys: Sequence[str], faults: dict[str, list[str]]) -> list[dict]:

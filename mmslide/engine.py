@@ -16,18 +16,27 @@ from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.hooks import Hook
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
+from mmengine.utils import import_modules_from_strings
 
 from mmslide.build import build_model, load_weights
-from mmslide.checkpoints import find_state_dict, non_finite, read_checkpoint
-from mmslide.data import dicts, move_data, named_dicts
-from mmslide.files import find_config
-from mmslide.messages import INPUT_ERRORS, exit_on, listed
+from mmslide.checkpoints import find_state_dict, meta_of, non_finite, read_checkpoint
+from mmslide.data import dicts, move_data, named_dicts, unwrapped
+from mmslide.files import find_config, refuse_inputs
+from mmslide.messages import INPUT_ERRORS, exit_on, listed, message
 
 # Of a config, beside the arguments of mmengine's Runner: what it looks up later, and what tools look up.
 RUNNER_KEYS = (
     *('activation_checkpointing', 'compile', 'custom_imports', 'efficient_conv_bn_eval', 'find_unused_parameters'),
     *('model_wrapper_cfg', 'runner_type', 'strategy', 'sync_bn', 'tta_model', 'tta_pipeline', 'data_root'),
 )
+
+
+class _Options(DictAction):
+    def __call__(self, parser: ArgumentParser, namespace: Namespace, values: Any, *args: Any) -> None:
+        for value in values:
+            if '=' not in value:
+                parser.error(f'--cfg-options takes KEY=VALUE pairs, got {value!r}')
+        super().__call__(parser, namespace, values, *args)
 
 
 def config_parser(description: str) -> ArgumentParser:
@@ -37,7 +46,7 @@ def config_parser(description: str) -> ArgumentParser:
     parser.add_argument(
         '--cfg-options',
         nargs='+',
-        action=DictAction,
+        action=_Options,
         default={},
         help='KEY=VALUE pairs that override the config, lists as key="[a,b]". data_root=DIR moves all data sets.',
     )
@@ -54,18 +63,26 @@ def argument_parser(description: str) -> ArgumentParser:
     return parser
 
 
-def read_config(args: Namespace) -> Config:
+def read_config(args: Namespace, *needed: str) -> Config:
     """The config with the options of `argument_parser` applied.
+
+    Args:
+        needed: what the config must have beside a model.
 
     Raises:
         FileNotFoundError: there is no such config.
-        ValueError: it cannot be read, or see `merge_options`.
+        ValueError: it cannot be read, lacks something, or is in the work_dir; or see `merge_options`.
     """
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     config = config_with_options(args.config, args.cfg_options)
     config.launcher = args.launcher
+    for key in ('model', *needed):
+        if not config.get(key):
+            raise ValueError(f'config {args.config} has no {key}')
     if args.work_dir or 'work_dir' not in config:
         config.work_dir = args.work_dir or str(Path('work_dirs', Path(args.config).stem))
+    # Where mmengine writes the whole config, without its comments and _base_.
+    refuse_inputs(Path(config.work_dir, Path(config.filename).name), [config.filename])
     return config
 
 
@@ -114,6 +131,8 @@ def merge_options(config: Config, options: dict[str, Any]) -> None:
             raise ValueError(f'--cfg-options: {config.filename} has no {key!r}; did you mean {close[0]!r}?')
         warnings.warn(f'--cfg-options: neither {config.filename} nor mmengine knows {key!r}', stacklevel=2)
     config.merge_from_dict(options)
+    if any(option.startswith('custom_imports') for option in options) and config.get('custom_imports'):
+        import_modules_from_strings(**config.custom_imports)  # mmengine does so while it reads the file only
 
 
 def build_runner(config: Config) -> Runner:
@@ -123,27 +142,43 @@ def build_runner(config: Config) -> Runner:
     return RUNNERS.build(config) if 'runner_type' in config else Runner.from_cfg(config)
 
 
-class _Started(Hook):
-    """Knows whether the first epoch has begun."""
+class _RunHook(Hook):
+    """Knows whether the first epoch has begun, and keeps a checkpoint from naming files of other runs.
+
+    mmengine deletes the best checkpoint that a resumed one names when there is a better one, wherever that is.
+    """
 
     def __init__(self) -> None:
-        self.value = False
+        self.started = False
 
     def _before_epoch(self, runner: Runner, mode: str = 'train') -> None:
-        self.value = True
+        self.started = True
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        folders = [runner.work_dir, *(hook.out_dir for hook in runner.hooks if getattr(hook, 'out_dir', None))]
+        info = (checkpoint.get('message_hub') or {}).get('runtime_info') or {}
+        for key in [key for key in info if str(key).startswith(('best_ckpt', 'last_ckpt'))]:
+            parents = Path(str(info[key])).resolve().parents
+            if not any(Path(folder).resolve() in parents for folder in folders):
+                runner.logger.warning(f'{key} of the checkpoint, {info[key]}, is outside {folders[0]} and not followed')
+                del info[key]
 
 
 def launch(runner: Runner, start: Callable[[], Any]) -> None:
     """Calls `runner.train` or `runner.test`. What these set up first raises errors of the config and the data: they end
     the process with one message. Afterwards only files, the system and non-finite numbers do, and all else is a bug.
     """
-    started = _Started()
-    runner.register_hook(started)
+    hook = _RunHook()
+    runner.register_hook(hook)
     try:
         with exit_on(OSError, FloatingPointError):
             start()
-    except INPUT_ERRORS as error:
-        if started.value:
+    except Exception as error:
+        # mmcv's two ways not to read an image
+        unreadable = 'failed to load image' in str(error) or 'imdecode' in str(error)
+        if unreadable:
+            error = OSError(f'an image cannot be read ({message(error)}): tools/check_data.py names all such files')
+        elif hook.started:
             raise
         with exit_on(*INPUT_ERRORS):
             raise error
@@ -224,18 +259,15 @@ def last_whole_checkpoint(work_dir: str | Path) -> str | None:
     Those that are not whole are skipped with a warning, and those of other runs are named in one.
     """
     work_dir, metas = Path(work_dir).absolute(), {}
-    record = work_dir / 'last_checkpoint'
-    last = Path(record.read_text(errors='replace').strip()) if record.is_file() else None
-    if last is not None and not last.is_file():
-        last = work_dir / last.name  # the folder was moved
-    for path in {*run_checkpoints(work_dir), *([last] if last and last.is_file() else [])}:
+    last = _recorded(work_dir)
+    for path in {*run_checkpoints(work_dir), *([last] if last else [])}:
         try:
             metas[path] = meta_of(read_checkpoint(path))
         except (OSError, ValueError) as error:
             warnings.warn(f'skipped: {error}', stacklevel=2)
     if not metas:
         return None
-    latest = max(metas, key=lambda path: (metas[path].get('time', ''), metas[path].get('iter', 0), str(path)))
+    latest = max(metas, key=lambda path: (*_moment(metas[path]), str(path)))
     chosen = last if last in metas else latest
     others = sorted(str(path) for path in metas if not same_run(metas[path], metas[chosen]))
     if others:
@@ -243,19 +275,32 @@ def last_whole_checkpoint(work_dir: str | Path) -> str | None:
     return str(chosen)
 
 
-def meta_of(content: Any) -> dict[str, Any]:
-    """The meta data of a checkpoint's content; {} if there is none."""
-    meta = content.get('meta') if isinstance(content, dict) else None
-    return meta if isinstance(meta, dict) else {}
+def _recorded(work_dir: Path) -> Path | None:
+    """The checkpoint that `last_checkpoint` in the work_dir names, if it is there.
+
+    In a copy of a work_dir that is the copied one, though the record still leads to the original.
+    """
+    try:
+        last = Path((work_dir / 'last_checkpoint').read_text().strip())
+        return next((path for path in (work_dir / last.name, last) if path.is_file()), None)
+    except (OSError, ValueError):  # no file, or anything but a path in it
+        return None
+
+
+def _moment(meta: dict[str, Any]) -> tuple[str, int]:
+    """When a checkpoint was saved, and after how many iterations."""
+    time, iteration = meta.get('time'), meta.get('iter')
+    return time if isinstance(time, str) else '', iteration if isinstance(iteration, int) else 0
 
 
 def same_run(first: dict[str, Any], second: dict[str, Any]) -> bool:
     """Whether two checkpoints' meta data are of one run: the same config, and the later iteration was saved later."""
-    times = [time for _, time in sorted((meta.get('iter', 0), meta.get('time', '')) for meta in (first, second))]
-    return times[0] <= times[1] and not changed_settings(first.get('cfg', ''), second.get('cfg', ''))
+    moments = [_moment(meta) for meta in (first, second)]
+    times = [time for time, _ in sorted(moments, key=lambda moment: (moment[1], moment[0]))]
+    return times[0] <= times[1] and not changed_settings(first.get('cfg'), second.get('cfg'))
 
 
-def changed_settings(first: str, second: str) -> list[str]:
+def changed_settings(first: Any, second: Any) -> list[str]:
     """The top-level names that differ between two configs' texts, but for those that differ from start to start.
 
     The texts may come from a stranger's checkpoint, so they are parsed and not run.
@@ -264,7 +309,7 @@ def changed_settings(first: str, second: str) -> list[str]:
     settings = []
     for text in (first, second):
         try:
-            nodes = ast.parse(text).body
+            nodes = ast.parse(text if isinstance(text, str) else '').body
         except (SyntaxError, ValueError, RecursionError, MemoryError):
             nodes = []
         assignments = [node for node in nodes if isinstance(node, ast.Assign)]
@@ -283,6 +328,8 @@ def set_resume(config: Config, resume: str | None) -> None:
         OSError: the file cannot be read.
         ValueError: the file is damaged, or is no checkpoint of a training.
     """
+    if config.get('resume') and not resume:  # by --cfg-options or in the file
+        resume, config.resume = config.get('load_from') or 'auto', False
     if resume == 'auto':
         resume = last_whole_checkpoint(config.work_dir)
         if resume is None:
@@ -298,7 +345,7 @@ def set_resume(config: Config, resume: str | None) -> None:
     if resume is None:
         return
     content = read_checkpoint(resume)
-    meta = meta_of(content)
+    content, meta = content if isinstance(content, dict) else {}, meta_of(content)
     missing = [key for key in ('state_dict', 'optimizer', 'message_hub') if key not in content]
     missing += [f'meta.{key}' for key in ('epoch', 'iter') if key not in meta]
     if not config.get('default_hooks', {}).get('checkpoint', {}).get('save_optimizer', True):
@@ -323,7 +370,7 @@ def set_auto_scale_lr(config: Config) -> None:
     Raises:
         ValueError: the config does not name a base batch size.
     """
-    if 'base_batch_size' not in config.get('auto_scale_lr', {}):
+    if not (config.get('auto_scale_lr') or {}).get('base_batch_size'):
         raise ValueError('--auto-scale-lr needs auto_scale_lr=dict(base_batch_size=...) in the config')
     config.auto_scale_lr.enable = True
 
@@ -332,31 +379,37 @@ def set_out(config: Config, out: str) -> None:
     """Writes the test's predictions: one pickle file for detection, a folder of label maps for segmentation.
 
     Raises:
-        ValueError: the path does not fit the task, or the config's default_scope is neither mmdet nor mmseg.
+        ValueError: the path does not fit the task or is an input, or the config's default_scope is neither mmdet nor
+            mmseg.
     """
     scope = config.get('default_scope')
     if scope == 'mmdet':
-        if not out.endswith(('.pkl', '.pickle')):
+        if not out.endswith(('.pkl', '.pickle')) or os.path.isdir(out):
             raise ValueError(f'--out must be a .pkl file for detection, got {out}')
         evaluators = config.test_evaluator if isinstance(config.test_evaluator, list) else [config.test_evaluator]
         config.test_evaluator = [*evaluators, dict(type='DumpDetResults', out_file_path=out)]
     elif scope == 'mmseg':
-        if out.endswith(('.pkl', '.pickle')):
+        if out.endswith(('.pkl', '.pickle')) or os.path.isfile(out):
             raise ValueError(f'--out must be a folder for segmentation, got {out}')
-        config.test_evaluator.update(output_dir=out, keep_results=True)
+        evaluators = config.test_evaluator if isinstance(config.test_evaluator, list) else [config.test_evaluator]
+        for evaluator in evaluators:
+            evaluator.update(output_dir=out, keep_results=True)
     else:
         raise ValueError(f"--out needs a config with default_scope 'mmdet' or 'mmseg', got {scope!r}")
+    refuse_inputs(out, _inputs(config))
 
 
 def set_show(config: Config, show: bool, show_dir: str | None, wait_time: float) -> None:
     """Draws every prediction beside its ground truth: in a window, or into `show_dir`.
 
     Raises:
-        ValueError: the config has no visualization hook.
+        ValueError: the config has no visualization hook or no visualizer, or show_dir is an input.
     """
     hook = config.get('default_hooks', {}).get('visualization')
-    if hook is None:
-        raise ValueError('--show and --show-dir need default_hooks.visualization in the config')
+    if hook is None or not config.get('visualizer'):
+        raise ValueError('--show and --show-dir need default_hooks.visualization and visualizer in the config')
+    if show_dir:
+        refuse_inputs(show_dir, _inputs(config))
     hook.draw = True
     if show:
         hook.update(show=True, wait_time=wait_time)
@@ -368,13 +421,23 @@ def set_show(config: Config, show: bool, show_dir: str | None, wait_time: float)
         hook.interval = 1
 
 
+def _inputs(config: Config) -> list[str]:
+    """The files and folders that a test reads."""
+    paths = [config.filename, config.get('load_from')]
+    for dataset in dicts(config.get('test_dataloader')):
+        prefixes = dataset.get('data_prefix')
+        parts = [dataset.get('ann_file'), *(prefixes.values() if isinstance(prefixes, dict) else ())]
+        paths += [os.path.join(dataset.get('data_root') or '', part) for part in parts if isinstance(part, str)]
+    return [path for path in paths if path]
+
+
 def set_tta(config: Config) -> None:
     """Tests with the config's test-time augmentation, without a mask head: mmdet merges boxes, but no masks.
 
     Raises:
         ValueError: the config has none.
     """
-    missing = [key for key in ('tta_model', 'tta_pipeline') if key not in config]
+    missing = [key for key in ('tta_model', 'tta_pipeline') if not config.get(key)]
     if missing:
         raise ValueError(f'--tta needs {" and ".join(missing)} in the config')
     roi_head = config.model.get('roi_head', {})
@@ -385,7 +448,5 @@ def set_tta(config: Config) -> None:
             if not isinstance(evaluator.get('metric', ''), str):
                 evaluator['metric'] = [metric for metric in evaluator['metric'] if metric != 'segm']
     config.model = ConfigDict(**config.tta_model, module=config.model)
-    dataset = config.test_dataloader.dataset
-    while 'dataset' in dataset:
-        dataset = dataset.dataset
-    dataset.pipeline = config.tta_pipeline
+    for dataset in unwrapped(config.test_dataloader.dataset):
+        dataset['pipeline'] = config.tta_pipeline

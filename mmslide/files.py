@@ -14,7 +14,8 @@ from filelock import FileLock, Timeout
 # whatever other distributions call `configs`.
 WHEEL_CONFIGS = Path(__file__).parent / '.mim' / 'configs'
 CHECKOUT_CONFIGS = Path(__file__).parents[1] / 'configs'
-PREFIX, SUFFIX, LOCK = '.mmslide-', '.tmp', '.lock'
+# Of the temporary folders, and in them.
+PREFIX, SUFFIX, LOCK, BACKUP = '.mmslide-', '.tmp', '.lock', '.old'
 
 
 def find_config(name: str | Path) -> Path:
@@ -37,6 +38,7 @@ def atomic_write(
 ) -> Iterator[tuple[Path, ...]]:
     """Temporary paths for `outs`, which replace them when the block ends without an error: all of them, or none.
 
+    (A process that is killed between the renames of several outputs, which follow each other at once, may leave some.)
     Each temporary path has its output's name, in a hidden folder beside it. Such folders of killed processes are
     removed. An output that exists keeps its mode; an output that is a symlink stays one, and its target is replaced.
 
@@ -58,20 +60,34 @@ def atomic_write(
         _replace_all(temporaries, targets)
 
 
+def refuse_inputs(out: str | Path, inputs: Iterable[str | Path]) -> Path:
+    """The path that an output is written to, its symlinks and ~ followed.
+
+    Raises:
+        ValueError: it is one of the inputs.
+    """
+    target = _real_path(out)
+    for given in inputs:
+        source = _real_path(given)
+        if target == source or (target.exists() and source.exists() and target.samefile(source)):
+            raise ValueError(f'{out} would overwrite the input {given}: choose another name')
+    return target
+
+
+def _real_path(path: str | Path) -> Path:
+    return Path(os.path.realpath(os.path.expanduser(path)))
+
+
 def _check_output(out: str | Path, inputs: Iterable[str | Path], folders: bool) -> Path:
-    """The path that an output is written to, its symlinks followed."""
-    target = Path(os.path.realpath(out))
+    target = _real_path(out)
     if not target.parent.is_dir():
         raise ValueError(f'the folder of {out} does not exist')
     if not folders and target.is_dir():
         raise ValueError(f'{out} is a folder, not a file to write')
     if target.exists() and not (target.is_dir() if folders else target.is_file()):
         raise ValueError(f'{out} exists and is not a regular {"folder" if folders else "file"}')
-    for given in inputs:
-        source = Path(os.path.realpath(given))
-        if target in (source, *source.parents) or (target.exists() and source.exists() and target.samefile(source)):
-            raise ValueError(f'{out} would overwrite the input {given}: choose another name')
-    return target
+    # A folder must not hold an input either.
+    return refuse_inputs(out, [x for given in inputs for x in (given, *(_real_path(given).parents if folders else ()))])
 
 
 @contextmanager
@@ -85,7 +101,7 @@ def _temporary(target: Path) -> Iterator[Path]:
         lock = FileLock(folder / LOCK, timeout=0)
         try:
             lock.acquire()
-        except (Timeout, FileNotFoundError):  # another process took the unlocked folder for a leftover
+        except (Timeout, FileNotFoundError, FileExistsError):  # another process took the unlocked folder for a leftover
             continue
         break
     try:
@@ -107,19 +123,24 @@ def _remove_leftovers(folder: Path) -> None:
 
 
 def _replace_all(temporaries: Sequence[Path], targets: Sequence[Path]) -> None:
+    """Replaces the targets one right after the other; all that takes time is done before."""
+    existed = [target.exists() for target in targets]
+    backups = [temporary.parent / BACKUP for temporary in temporaries]
+    for temporary, target, backup, exists in zip(temporaries, targets, backups, existed, strict=True):
+        if exists:
+            os.chmod(temporary, stat.S_IMODE(target.stat().st_mode))
+            if target.is_file() and len(targets) > 1:
+                shutil.copy2(target, backup)
+        if temporary.is_file():
+            with temporary.open('rb+') as file:
+                os.fsync(file.fileno())
     with ExitStack() as undo:
-        for temporary, target in zip(temporaries, targets, strict=True):
-            backup = temporary.with_name(f'{target.name}.old')
-            existed = target.exists()
-            if existed:
-                os.chmod(temporary, stat.S_IMODE(target.stat().st_mode))
+        for temporary, target, backup, exists in zip(temporaries, targets, backups, existed, strict=True):
             if target.is_dir():  # which cannot be replaced while it has files
                 os.replace(target, backup)
                 undo.callback(os.replace, backup, target)
-            elif existed and len(targets) > 1:
-                shutil.copy2(target, backup)
             os.replace(temporary, target)
-            if backup.is_dir() or not existed:
+            if target.is_dir() or not exists:
                 undo.callback(_remove, target)
             elif len(targets) > 1:
                 undo.callback(os.replace, backup, target)

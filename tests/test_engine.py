@@ -1,6 +1,9 @@
 import argparse
+import logging
 import re
 import shutil
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +11,7 @@ from helpers import tool_error
 from mmengine.config import Config
 
 from mmslide import engine
+from mmslide.messages import INPUT_ERRORS, exit_on
 
 CONFIG = """
 default_scope = 'mmdet'
@@ -61,7 +65,7 @@ def test_unknown_options_are_refused(read):
     'key',
     [
         *('find_unused_parameters', 'model_wrapper_cfg', 'sync_bn', 'compile', 'activation_checkpointing'),
-        *('custom_imports', 'runner_type', 'tta_model', 'tta_pipeline', 'efficient_conv_bn_eval'),
+        *('runner_type', 'tta_model', 'tta_pipeline', 'efficient_conv_bn_eval'),
         *('randomness.seed', 'auto_scale_lr.enable', 'load_from', 'param_scheduler', 'custom_hooks', 'model.new'),
     ],
 )
@@ -71,6 +75,62 @@ def test_what_the_config_or_mmengine_knows_is_accepted(key, read, recwarn):
         value = value[part]
     assert value == 1
     assert not [x for x in recwarn if '--cfg-options' in str(x.message)]
+
+
+def test_custom_imports_of_the_options_are_imported(read, tmp_path, monkeypatch):
+    (tmp_path / 'imported_by_option.py').write_text('')
+    monkeypatch.syspath_prepend(tmp_path)
+    read(**{'custom_imports.imports': ['imported_by_option']})
+    assert sys.modules.pop('imported_by_option')
+    with pytest.raises(ImportError, match='no_such_module'):
+        read(**{'custom_imports.imports': ['no_such_module']})
+
+
+def test_what_a_config_must_have(tmp_path):
+    (tmp_path / 'x.py').write_text("model = dict(type='X')")
+    args = argparse.Namespace(
+        config=str(tmp_path / 'x.py'), work_dir='w', cfg_options={}, launcher='none', local_rank=0
+    )
+    engine.read_config(args)
+    with pytest.raises(ValueError, match=r'x\.py has no test_dataloader'):
+        engine.read_config(args, 'test_dataloader')
+    args.work_dir = str(tmp_path)
+    with pytest.raises(ValueError, match=r'x\.py would overwrite the input'):
+        engine.read_config(args)
+    (tmp_path / 'x.py').write_text('')
+    with pytest.raises(ValueError, match=r'x\.py has no model'):
+        engine.read_config(args)
+
+
+def test_options_are_pairs(capsys):
+    with pytest.raises(SystemExit, match=r'^2$'):
+        engine.config_parser('').parse_args(['x.py', '--cfg-options', 'a=1', 'novalue'])
+    assert "takes KEY=VALUE pairs, got 'novalue'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('scope', ['mmdet', 'mmseg'])
+def test_predictions_and_drawings_never_replace_inputs(scope, tmp_path):
+    (tmp_path / 'annotations').mkdir()
+    (tmp_path / 'w.pkl').touch()
+    config = Config(
+        dict(
+            default_scope=scope,
+            load_from=str(tmp_path / 'w.pkl'),
+            test_dataloader=dict(dataset=dict(data_root=str(tmp_path), data_prefix=dict(seg_map_path='annotations'))),
+            test_evaluator=[dict(type='IoUMetric')],
+            default_hooks=dict(visualization=dict()),
+            visualizer=dict(type='X'),
+        )
+    )
+    out = tmp_path / ('w.pkl' if scope == 'mmdet' else 'annotations')
+    with pytest.raises(ValueError, match='would overwrite the input'):
+        engine.set_out(config, str(out))
+    with pytest.raises(ValueError, match='would overwrite the input'):
+        engine.set_show(config, False, str(tmp_path / 'annotations'), 0)
+    with pytest.raises(ValueError, match='--out must be a'):
+        engine.set_out(config, str(tmp_path / 'w.pkl' if scope == 'mmseg' else tmp_path / 'annotations'))
+    engine.set_out(config, str(tmp_path / ('new.pkl' if scope == 'mmdet' else 'new')))
+    assert str(tmp_path / 'new') in str(config.test_evaluator)
 
 
 def test_a_config_that_cannot_be_read_is_one_error(tmp_path):
@@ -164,6 +224,49 @@ def test_what_differs_between_two_configs():
     assert engine.changed_settings(text, text.replace('depth=1', 'depth=2') + 'more = 1') == ['model', 'more']
     assert engine.changed_settings('a = 1', 'not python (') == ['a']
     assert engine.changed_settings('a = ' + '(' * 10000, '') == []
+
+
+def test_a_copied_work_dir_continues_its_own_checkpoint(save, tmp_path):
+    save('epoch_1.pth', 1, '20260101_000001')
+    name_last(tmp_path, tmp_path / 'epoch_1.pth')
+    copied = tmp_path / 'copied'
+    copied.mkdir()
+    for name in ('epoch_1.pth', 'last_checkpoint'):
+        shutil.copy(tmp_path / name, copied)
+    assert engine.last_whole_checkpoint(copied) == str(copied / 'epoch_1.pth')
+
+
+@pytest.mark.parametrize('record', [b'', b'\xff\x00garbage', b'x' * 10000, b'/', b'.'])
+def test_a_record_that_names_nothing(record, save, tmp_path):
+    path = save('epoch_1.pth', 1, '20260101_000001')
+    (tmp_path / 'last_checkpoint').write_bytes(record)
+    assert engine.last_whole_checkpoint(tmp_path) == path
+
+
+def test_odd_meta_data_do_not_stop_resuming(save, tmp_path):
+    path = save('epoch_1.pth', 1, '20260101_000001')
+    torch.save(dict(meta=dict(iter='x', time=3, cfg=[1])), tmp_path / 'epoch_2.pth')
+    with pytest.warns(UserWarning, match=r'epoch_2\.pth were saved by another run'):
+        assert engine.last_whole_checkpoint(tmp_path) == path
+
+
+def test_resume_by_the_config(save, tmp_path):
+    path = save('epoch_1.pth', 1, '20260101_000001')
+    config = Config(dict(work_dir=str(tmp_path), model=dict(type='X'), resume=True))
+    assert resumed(config, None) == path
+    config = Config(dict(work_dir=str(tmp_path / 'new'), model=dict(type='X'), resume=True))
+    with pytest.warns(UserWarning, match='training starts anew'):
+        assert resumed(config, None) is None
+
+
+@pytest.mark.parametrize('where', ['inside', 'outside'])
+def test_a_checkpoint_does_not_name_files_to_delete(where, tmp_path):
+    """mmengine removes `best_ckpt` of a resumed training when there is a better one."""
+    best = tmp_path / ('work/best.pth' if where == 'inside' else 'best.pth')
+    runner = SimpleNamespace(work_dir=str(tmp_path / 'work'), hooks=[], logger=logging.getLogger())
+    info = dict(best_ckpt=str(best), last_ckpt=str(best), best_score=1, iter=3)
+    engine._RunHook().after_load_checkpoint(runner, dict(message_hub=dict(runtime_info=info)))
+    assert set(info) == {'best_score', 'iter', *(['best_ckpt', 'last_ckpt'] if where == 'inside' else [])}
 
 
 def resumed(config, resume):
@@ -287,6 +390,12 @@ FileNotFoundError: [Errno 2] No such file or directory: 'x.jpg'
         (FileNotFoundError(WORKER), True, "FileNotFoundError: [Errno 2] No such file or directory: 'x.jpg'"),
         (FloatingPointError('loss is NaN'), True, 'loss is NaN'),
         (AssertionError(), False, 'AssertionError'),
+        (KeyError('lr'), False, 'KeyError: lr'),
+        (
+            AssertionError('failed to load image: x.jpg'),
+            True,
+            'an image cannot be read (failed to load image: x.jpg): ',
+        ),
         (ValueError('a bug'), True, None),
         (KeyError('a bug'), True, None),
         (RuntimeError('a bug'), False, None),
@@ -302,4 +411,29 @@ def test_errors_of_the_user_are_messages_and_bugs_tracebacks(error, after, messa
         assert raised.value is error
     else:
         assert raised.value.code == 2
-        assert capsys.readouterr().err == f'error: {message}\n'
+        assert capsys.readouterr().err.startswith(f'error: {message}')
+
+
+def test_what_a_users_own_code_raises_keeps_its_traceback(tmp_path, capsys):
+    """Also where mmengine's registry raises it again; but not what is raised from it on purpose."""
+    code = compile("def fail(): return {}['missing']", str(tmp_path / 'users_hook.py'), 'exec')
+    namespace = {}
+    exec(code, namespace)
+
+    def build():
+        try:
+            namespace['fail']()
+        except Exception as error:
+            raise type(error)(f'class Hook: {error}')  # noqa: B904
+
+    def read():
+        try:
+            namespace['fail']()
+        except Exception as error:
+            raise ValueError('config x.py cannot be read') from error
+
+    with pytest.raises(KeyError), exit_on(*INPUT_ERRORS):
+        build()
+    with pytest.raises(SystemExit), exit_on(*INPUT_ERRORS):
+        read()
+    assert capsys.readouterr().err == 'error: config x.py cannot be read\n'

@@ -118,6 +118,26 @@ def test_an_output_never_replaces_an_input(how, tmp_path, monkeypatch):
     assert (tmp_path / 'in.pth').read_text() == 'input'
 
 
+def test_home_is_expanded(tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    (tmp_path / 'x').write_text('input')
+    for out, given in (('~/x', tmp_path / 'x'), (tmp_path / 'x', '~/x')):
+        with pytest.raises(ValueError, match='would overwrite the input'), atomic_write(out, inputs=[given]):
+            pytest.fail('the block ran')
+    with atomic_write('~/y') as (path,):
+        path.write_text('new')
+    assert names(tmp_path) == ['x', 'y']
+
+
+def test_the_longest_names(tmp_path):
+    outs = [tmp_path / (letter * 255) for letter in 'ab']
+    for text in ('old', 'new'):
+        with atomic_write(*outs) as paths:
+            for path in paths:
+                path.write_text(text)
+    assert [out.read_text() for out in outs] == ['new', 'new']
+
+
 def test_what_cannot_be_written_is_refused_before_the_work(tmp_path):
     os.mkfifo(tmp_path / 'pipe')
     (tmp_path / 'folder').mkdir()

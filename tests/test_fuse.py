@@ -289,6 +289,7 @@ def test_fuse_checkpoint_writes_both_files_again_and_again(trained, tmp_path):
         ('other.pth', r'other\.py exists and is not the config of a fused checkpoint'),
         ('new.py', 'must have different names'),
         ('none/new.pth', 'the folder of .*new.pth does not exist'),
+        ('new.safetensors', r'name it NAME\.pth, not .*new\.safetensors'),
     ],
 )
 def test_fuse_checkpoint_replaces_neither_inputs_nor_strangers_files(out, message, trained, tmp_path):

@@ -15,7 +15,7 @@ def main() -> None:
     parser.add_argument('--tta', action='store_true', help='test-time augmentation')
     with exit_on(*INPUT_ERRORS):
         args = parser.parse_args()
-        config = engine.read_config(args)
+        config = engine.read_config(args, 'test_dataloader', 'test_cfg', 'test_evaluator')
         engine.fall_back_to_cpu(config)
         check_data(config, 'test_dataloader')
         engine.check_model(config, args.config, args.checkpoint)

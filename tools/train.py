@@ -18,7 +18,7 @@ def main() -> None:
     )
     with exit_on(*INPUT_ERRORS):
         args = parser.parse_args()
-        config = engine.read_config(args)
+        config = engine.read_config(args, 'train_dataloader', 'train_cfg', 'optim_wrapper')
         if args.amp:
             config.optim_wrapper.update(type='AmpOptimWrapper', loss_scale='dynamic')
         if args.auto_scale_lr:

@@ -1,12 +1,11 @@
 from pathlib import Path
 from typing import Any
 
-import torch
 from mmengine.config import Config
 from torch import nn
 
 from mmslide.build import build_model, load_weights
-from mmslide.checkpoints import check_finite, find_state_dict, read_checkpoint
+from mmslide.checkpoints import check_finite, find_state_dict, is_safetensors, meta_of, read_checkpoint, save_checkpoint
 from mmslide.files import atomic_write, find_config
 
 from .fuse import fuse
@@ -32,7 +31,7 @@ def load_model(config: str | Path, checkpoint: str | Path) -> tuple[Config, nn.M
     check_finite(state, checkpoint)
     model = build_model(cfg).eval()
     load_weights(model, state, checkpoint, config)
-    return cfg, model, content.get('meta') or {}
+    return cfg, model, meta_of(content)
 
 
 def fuse_checkpoint(config: str | Path, checkpoint: str | Path, out: str | Path) -> Path:
@@ -45,10 +44,12 @@ def fuse_checkpoint(config: str | Path, checkpoint: str | Path, out: str | Path)
         The path of the config.
 
     Raises:
-        ValueError: see `load_model` and `atomic_write`; or the config would replace a file that this function did not
-            write.
+        ValueError: see `load_model` and `atomic_write`; out is a .safetensors file; or the config would replace a file
+            that this function did not write.
         OSError: see `load_model`; or out cannot be written.
     """
+    if is_safetensors(out):
+        raise ValueError(f'a fused checkpoint is written in the format of torch: name it NAME.pth, not {out}')
     out_config = Path(out).with_suffix('.py')
     if out_config.exists() and not out_config.read_bytes().startswith(MARK.encode()):
         raise ValueError(
@@ -58,6 +59,6 @@ def fuse_checkpoint(config: str | Path, checkpoint: str | Path, out: str | Path)
         cfg, model, meta = load_model(config, checkpoint)
         cfg.model.backbone.update(deploy=True, init_cfg=None)
         meta = {**meta, 'cfg': cfg.pretty_text, 'fused': True}
-        torch.save(dict(meta=meta, state_dict=fuse(model).state_dict()), weights)
+        save_checkpoint(dict(meta=meta, state_dict=fuse(model).state_dict()), weights)
         text.write_text(MARK + cfg.pretty_text)
     return out_config

@@ -1,9 +1,8 @@
 from pathlib import Path
 
-import torch
 from rich.table import Table
 
-from mmslide.checkpoints import check_finite, import_safetensors, is_safetensors, read_state_dict
+from mmslide.checkpoints import check_finite, import_safetensors, is_safetensors, read_state_dict, save_checkpoint
 from mmslide.files import atomic_write
 
 from .layouts import from_ours, to_ours
@@ -40,9 +39,9 @@ def convert_checkpoint(checkpoint: str | Path, out: str | Path, layout: str) -> 
         state = {key: value for key, value in source.items() if not key.startswith(prefix)} | converted
         if is_safetensors(out):
             contiguous = {key: value.contiguous() for key, value in state.items()}  # it refuses others
-            import_safetensors().torch.save_file(contiguous, path)
+            path.write_bytes(import_safetensors().torch.save(contiguous))
         else:
-            torch.save(state, path)
+            save_checkpoint(state, path)
     return key_table(
         {
             f'read, {name}': [key for key in source if key not in state],
