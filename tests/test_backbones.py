@@ -1,3 +1,5 @@
+import inspect
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +15,7 @@ from helpers import (
 from mmengine.model import BaseModule
 from torch import nn
 
-from mmslide.models import SlidePVT, SlideSwin
+from mmslide.models import SlidePVT, SlideSwin, TwinsPCPVT, TwinsSVT
 from mmslide.models.attention import SlideAttention
 from mmslide.weights.layouts import to_ours
 
@@ -30,7 +32,7 @@ BOTH = pytest.mark.parametrize('cls', [SlidePVT, SlideSwin])
 
 def test_slide_swin_gives_the_authors_numbers():
     name = 'slide_swin_tiny_224'
-    model = SlideSwin(window_size=(7, 7, 14, 7), output_norm=False).eval()
+    model = SlideSwin(window_size=(7, 7, 14, 7), stage_norm=None).eval()
     _, ours = to_ours(golden_state(name))
     missing, unexpected = model.load_state_dict(ours, strict=False)
     assert not missing
@@ -46,7 +48,8 @@ def test_slide_swin_gives_the_authors_numbers():
 def test_host_equals_mmdet_pvt(size, norm_after_stage, tmp_path):
     backbones = pytest.importorskip('mmdet.models.backbones')
     host = backbones.PyramidVisionTransformer(num_layers=[2, 2, 2, 2], norm_after_stage=norm_after_stage)
-    ours = load_host(SlidePVT('tiny', slide_stages=(), norm_after_stage=norm_after_stage), host, tmp_path)
+    model = SlidePVT('tiny', slide_stages=(), stage_norm='next' if norm_after_stage else None)
+    ours = load_host(model, host, tmp_path)
     image = torch.randn(1, 3, *size)
     with torch.no_grad():
         for out, wanted in zip(ours(image), host(image), strict=True):
@@ -228,8 +231,15 @@ def test_wrong_arch_rows_are_named():
         SlideSwin(dict(SMALL, num_heads=(1, 2)))
     with pytest.raises(ValueError, match=r'divisible by num_heads in each stage, got embed_dims=32, num_heads=3'):
         SlideSwin(dict(SMALL, num_heads=(1, 3, 3, 4)))
-    with pytest.raises(TypeError, match='window_size'):
-        SlidePVT(window_size=7)
+
+
+@pytest.mark.parametrize('cls', [SlidePVT, SlideSwin, TwinsPCPVT, TwinsSVT])
+def test_arguments_have_names_that_tools_see(cls):
+    parameters = inspect.signature(cls).parameters
+    assert next(iter(parameters)) == 'arch'
+    assert {x.kind for name, x in parameters.items() if name != 'arch'} == {inspect.Parameter.KEYWORD_ONLY}
+    with pytest.raises(TypeError, match='slide_stage'):
+        cls(slide_stage=(0,))
 
 
 @BOTH

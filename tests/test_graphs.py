@@ -21,8 +21,7 @@ def small(cls):
     row = dict(ROW, depths=(1, 1)) if cls in (SlidePVT, TwinsPCPVT) else dict(ROW, depths=(2, 2))
     if cls is not SlideSwin:
         row['sr_ratios'] = (2, 1)
-    kwargs = {} if cls is TwinsPCPVT else dict(slide_stages=(0,))
-    return randomize(cls(row, out_indices=(0, 1), drop_path_rate=0.0, **kwargs))
+    return randomize(cls(row, out_indices=(0, 1), drop_path_rate=0.0, slide_stages=(0,)))
 
 
 def step(function, model, x, precision):

@@ -38,7 +38,7 @@ def outputs(model, image):
     ('name', 'cls', 'kwargs'),
     [
         ('pcpvt_small_v0_cls_224', TwinsPCPVT, {}),
-        ('alt_gvt_small_cls_224', TwinsSVT, dict(norm_after_stage=False)),
+        ('alt_gvt_small_cls_224', TwinsSVT, dict(stage_norm=None)),
         ('pcpvt_small_detection_192x256', TwinsPCPVT, {}),
         ('alt_gvt_small_detection_192x256', TwinsSVT, dict(mask_padding=False)),
         ('alt_gvt_small_segmentation_192x256', TwinsSVT, {}),
@@ -70,7 +70,7 @@ def test_the_mask_tells_the_authors_copies_apart(name, mask_padding):
 @BOTH
 def test_mmpretrains_numbers(cls):
     name = f'mmpretrain_{cls.__name__.removeprefix("Twins").lower()}'
-    model = small(cls, norm_after_stage=True, norm_cfg=dict(type='LN'))
+    model = small(cls, stage_norm='next', norm_cfg=dict(type='LN'))
     layout, state = to_ours(golden_state(name))
     assert layout == 'mmpretrain Twins'
     model.load_state_dict(state)
@@ -92,7 +92,7 @@ def test_equals_mmseg(cls, size, norm_after_stage, tmp_path):
     """Where no map has one side alone that divides by the window; there theirs are wrong, see the next test."""
     assert all(any(side % 7 for side in sides) == all(side % 7 for side in sides) for sides in maps(size))
     host = mmseg_host(cls, norm_after_stage=norm_after_stage)
-    model = small(cls, norm_after_stage=norm_after_stage, norm_cfg=dict(type='LN'))
+    model = small(cls, stage_norm='next' if norm_after_stage else None, norm_cfg=dict(type='LN'))
     load_host(model, host, tmp_path)
     image = torch.randn(2, 3, *size)
     for out, wanted in zip(outputs(model, image), outputs(host, image), strict=True):
@@ -146,7 +146,7 @@ def dropped(block, x, *args):
 @BOTH
 def test_a_branch_is_dropped_as_often_as_asked(cls, tmp_path):
     host = mmseg_host(cls, drop_path_rate=0.3)
-    model = load_host(small(cls, drop_path_rate=0.3, norm_after_stage=cls is TwinsSVT), host, tmp_path)
+    model = load_host(small(cls, drop_path_rate=0.3, stage_norm='next' if cls is TwinsSVT else None), host, tmp_path)
     x = torch.randn(6000, 1, 1, 64)
     assert dropped(model.stages[-1].blocks[-1], x) == pytest.approx(0.3, abs=0.03)
     # mmseg drops a GSA branch twice, as 1 - 0.7².
@@ -188,16 +188,15 @@ def test_what_does_not_fill_a_subsampled_pixel_is_cropped():
 @BOTH
 @pytest.mark.parametrize('slide_stages', [(), (0, 1), (0, 1, 2, 3)])
 def test_mixers(cls, slide_stages):
-    if cls is TwinsPCPVT:
-        wanted = [[SubsampledAttention] * depth for depth in SMALL['depths']]
-        model = small(cls)
-    else:
-        locals_ = [SlideAttention if i in slide_stages else LocallyGroupedAttention for i in range(4)]
-        wanted = [
-            [SubsampledAttention if j % 2 else locals_[i] for j in range(depth)]
-            for i, depth in enumerate(SMALL['depths'])
-        ]
-        model = small(cls, slide_stages=slide_stages)
+    def mixer(stage, index):
+        if cls is TwinsSVT and index % 2:
+            return SubsampledAttention  # the global half
+        if stage in slide_stages:
+            return SlideAttention
+        return LocallyGroupedAttention if cls is TwinsSVT else SubsampledAttention
+
+    model = small(cls, slide_stages=slide_stages)
+    wanted = [[mixer(stage, index) for index in range(depth)] for stage, depth in enumerate(SMALL['depths'])]
     assert [[type(block.attn) for block in stage.blocks] for stage in model.stages] == wanted
 
 
@@ -220,12 +219,11 @@ def test_position_encoding_follows_the_first_block(cls):
 
 
 @BOTH
-@pytest.mark.parametrize('norm_after_stage', [None, True, False])
-def test_the_next_stage_sees_the_normed_map(cls, norm_after_stage):
-    kwargs = {} if norm_after_stage is None else dict(norm_after_stage=norm_after_stage)
+@pytest.mark.parametrize('kwargs', [{}, dict(stage_norm='next'), dict(stage_norm=None)])
+def test_the_next_stage_sees_the_normed_map(cls, kwargs):
     model = randomize(small(cls, **kwargs))
     norms = [isinstance(stage.norm, nn.LayerNorm) for stage in model.stages]
-    assert norms == [cls is TwinsSVT if norm_after_stage is None else norm_after_stage] * 4
+    assert norms == [kwargs['stage_norm'] == 'next' if kwargs else cls is TwinsSVT] * 4
     if any(norms):
         image = torch.randn(1, 3, 64, 64)
         before = outputs(model, image)
@@ -235,7 +233,7 @@ def test_the_next_stage_sees_the_normed_map(cls, norm_after_stage):
 
 @BOTH
 def test_norms_have_the_authors_eps(cls):
-    model = small(cls, norm_after_stage=True)
+    model = small(cls, stage_norm='next')
     for name, module in model.named_modules():
         if isinstance(module, nn.LayerNorm):
             assert module.eps == (1e-5 if name.endswith(('embed.norm', 'attn.norm')) else 1e-6), name
@@ -376,7 +374,7 @@ def test_parameters_of_the_variants(cls, variants):
     for arch, millions in paper.items():
         dims = variants[arch]['embed_dims'][-1]
         with torch.device('meta'):
-            model = cls(arch, norm_after_stage=False)
+            model = cls(arch, stage_norm=None)
         params = sum(p.numel() for p in model.parameters()) + 2 * dims + 1000 * (dims + 1)
         assert params / 1e6 == pytest.approx(millions, abs=0.1)
 

@@ -176,7 +176,7 @@ def test_authors_swin_layout_equals_mmdets(save):
     row = dict(embed_dims=16, depths=(1, 2, 1, 1), num_heads=(1, 2, 4, 8), mlp_ratios=4)
     models = []
     for layout in (state, to_authors_swin(state)):
-        model = SlideSwin(row, slide_stages=(), output_norm=False)
+        model = SlideSwin(row, slide_stages=(), stage_norm=None)
         load_pretrained(model, save(layout))
         models.append(model)
     assert_same(*models)
@@ -203,8 +203,8 @@ def to_authors_pvt(model):
 
 
 def test_authors_pvt_layout(save, log):
-    source = randomize(small(SlidePVT, slide_stages=(), norm_after_stage=False))
-    model = small(SlidePVT, slide_stages=(), norm_after_stage=False)
+    source = randomize(small(SlidePVT, slide_stages=(), stage_norm=None))
+    model = small(SlidePVT, slide_stages=(), stage_norm=None)
     load_pretrained(model, save(to_authors_pvt(source)))
     assert_same(model, source)
     assert "authors' PVT layout" in log.text
@@ -349,7 +349,7 @@ def test_authors_twins_layout(name, wrapper, prefix, save, log):
 def test_mmseg_twins_layout(cls, wrapper, prefix, save, log):
     """The numbers are compared in test_twins; here the way from the file."""
     host = randomize(mmseg_host(cls, norm_after_stage=True))
-    model = small_twins(cls, norm_after_stage=True)
+    model = small_twins(cls, stage_norm='next')
     load_pretrained(model, save(wrap(host.state_dict(), wrapper, prefix)))
     assert torch.equal(model.stages[2].blocks[1].attn.kv.weight, host.layers[2][1].attn.attn.in_proj_weight[48:])
     assert 'mmseg Twins layout' in log.text
@@ -360,7 +360,7 @@ def test_mmseg_twins_layout(cls, wrapper, prefix, save, log):
 @WRAPPINGS
 def test_mmpretrain_twins_layout(cls, wrapper, prefix, save, log):
     state = golden_state(f'mmpretrain_{cls.__name__.removeprefix("Twins").lower()}')
-    model = small_twins(cls, norm_after_stage=True)
+    model = small_twins(cls, stage_norm='next')
     load_pretrained(model, save(wrap(state, wrapper, prefix)))
     assert torch.equal(model.stages[3].norm.bias, state['norm_after_stage3.bias'])
     assert 'mmpretrain Twins layout' in log.text
@@ -373,7 +373,7 @@ def test_the_norm_of_mmpretrains_classifier_is_no_norm_of_a_stage(cls, save, log
     state = {
         key: value for key, value in state.items() if not key.startswith(tuple(f'norm_after_stage{i}' for i in '012'))
     }
-    model = small_twins(cls, norm_after_stage=True)
+    model = small_twins(cls, stage_norm='next')
     load_pretrained(model, save(state))
     assert torch.equal(model.stages[3].norm.weight, torch.ones(64))
     assert '\u2502 norm.weight' in log.text
@@ -468,7 +468,7 @@ def test_convert_checkpoint_there_and_back(suffix, convert, save, tmp_path):
     convert(paths[2], paths[3], '--to', 'authors')
     assert read_state_dict(paths[3]).keys() == state.keys()
     assert all(torch.equal(value, state[key]) for key, value in read_state_dict(paths[3]).items())
-    model = TwinsSVT('small', norm_after_stage=False)
+    model = TwinsSVT('small', stage_norm=None)
     for path in paths:
         load_pretrained(model, path)
         assert torch.equal(model.stages[0].peg.proj.bias, state['pos_block.0.proj.0.bias'])
