@@ -27,6 +27,7 @@ def small(cls, **kwargs):
     return cls(arch=SMALL_PVT if cls is SlidePVT else SMALL, **kwargs)
 
 
+CLASSES = [SlidePVT, SlideSwin, TwinsPCPVT, TwinsSVT]
 BOTH = pytest.mark.parametrize('cls', [SlidePVT, SlideSwin])
 
 
@@ -160,15 +161,28 @@ def test_out_indices_pick_maps(cls):
         assert torch.equal(out, reference)
 
 
-def test_norms_are_passed_on_by_pvt_and_not_by_swin():
+@pytest.mark.parametrize('cls', CLASSES)
+@pytest.mark.parametrize('stage_norm', ['next', 'output', None])
+def test_what_the_norms_of_stages_are_put_on(cls, stage_norm):
+    model = randomize(cls(SMALL if cls is SlideSwin else SMALL_PVT, stage_norm=stage_norm)).eval()
     image = torch.randn(1, 3, 64, 64)
-    for cls, passed_on in ((SlidePVT, True), (SlideSwin, False)):
-        model = randomize(small(cls)).eval()
-        before = model(image)
+    before = model(image)
+    assert [isinstance(stage.norm, nn.LayerNorm) for stage in model.stages] == [stage_norm is not None] * 4
+    if stage_norm is not None:
         nn.init.constant_(model.stages[0].norm.weight, 3.0)
         after = model(image)
         assert not torch.equal(after[0], before[0])
-        assert torch.equal(after[1], before[1]) != passed_on
+        assert torch.equal(after[1], before[1]) == (stage_norm == 'output')
+
+
+def test_norms_of_stages_are_by_default_those_of_the_published_weights():
+    """PVT and PCPVT have none; Swin's detectors norm the outputs, SVT's norm each stage."""
+    assert {cls: cls.stage_norm for cls in CLASSES} == {
+        SlidePVT: None,
+        TwinsPCPVT: None,
+        SlideSwin: 'output',
+        TwinsSVT: 'next',
+    }
 
 
 @BOTH
@@ -233,7 +247,7 @@ def test_wrong_arch_rows_are_named():
         SlideSwin(dict(SMALL, num_heads=(1, 3, 3, 4)))
 
 
-@pytest.mark.parametrize('cls', [SlidePVT, SlideSwin, TwinsPCPVT, TwinsSVT])
+@pytest.mark.parametrize('cls', CLASSES)
 def test_arguments_have_names_that_tools_see(cls):
     parameters = inspect.signature(cls).parameters
     assert next(iter(parameters)) == 'arch'

@@ -203,8 +203,8 @@ def to_authors_pvt(model):
 
 
 def test_authors_pvt_layout(save, log):
-    source = randomize(small(SlidePVT, slide_stages=(), stage_norm=None))
-    model = small(SlidePVT, slide_stages=(), stage_norm=None)
+    source = randomize(small(SlidePVT, slide_stages=()))
+    model = small(SlidePVT, slide_stages=())
     load_pretrained(model, save(to_authors_pvt(source)))
     assert_same(model, source)
     assert "authors' PVT layout" in log.text

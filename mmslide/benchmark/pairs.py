@@ -159,7 +159,7 @@ class Backbones:
 
 
 _PVT_SMALL = dict(num_layers=[3, 4, 6, 3])
-_PVT = partial(SlidePVT, 'small', stage_norm=None)
+_PVT = partial(SlidePVT, 'small')
 _LN = dict(type='LN')  # mmseg's eps
 _PCPVT_SMALL = dict(
     embed_dims=[64, 128, 320, 512], num_heads=[1, 2, 5, 8], mlp_ratios=[8, 8, 4, 4], depths=[3, 4, 6, 3], qkv_bias=True

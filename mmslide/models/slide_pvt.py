@@ -11,7 +11,7 @@ from mmslide.registry import MODELS
 
 from .attention import SubsampledAttention
 from .layers import PatchEmbed
-from .pyramid import Arch, Pyramid, StageNorm
+from .pyramid import Arch, Pyramid
 
 PVT = dict(embed_dims=(64, 128, 320, 512), num_heads=(1, 2, 5, 8), mlp_ratios=(8, 8, 4, 4), sr_ratios=(8, 4, 2, 1))
 VARIANTS = {
@@ -42,7 +42,6 @@ class SlidePVT(Pyramid):
     arch: Arch = 'tiny'
     _: KW_ONLY
     slide_stages: Sequence[int] = (0, 1)
-    stage_norm: StageNorm = 'next'
     pretrain_img_size: int | Sequence[int] = 224
 
     def build_embedding(self, stage: int, in_channels: int, embed_dims: int) -> nn.Module:
