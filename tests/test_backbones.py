@@ -162,6 +162,46 @@ def test_out_indices_pick_maps(cls):
 
 
 @pytest.mark.parametrize('cls', CLASSES)
+@pytest.mark.parametrize('stage_norm', [None, 'next', 'output'])
+@pytest.mark.parametrize('out_indices', [(0,), (2,), (0, 1), (1, 3)])
+def test_only_what_is_put_out_is_built(cls, stage_norm, out_indices):
+    arch = SMALL if cls is SlideSwin else SMALL_PVT
+    whole = cls(arch, slide_stages=(0, 3), drop_path_rate=0.3)
+    # All stages of the arch may be named, built or not.
+    model = cls(arch, slide_stages=(0, 3), drop_path_rate=0.3, out_indices=out_indices, stage_norm=stage_norm)
+    cls(arch, out_indices=out_indices, frozen_stages=4)
+    assert len(model.stages) == out_indices[-1] + 1
+    rates = [
+        [block.drop_path.drop_prob for stage in x.stages[: out_indices[-1] + 1] for block in stage.blocks]
+        for x in (model, whole)
+    ]
+    assert rates[0] == rates[1]
+    randomize(model).eval()
+    outs = model(torch.randn(1, 3, 96, 96))
+    assert [out.shape[1] for out in outs] == [SMALL['embed_dims'][i] for i in out_indices]
+    sum(out.square().mean() for out in outs).backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters())  # else DDP stops
+
+
+@pytest.mark.parametrize(
+    ('cls', 'out_indices', 'least'),
+    # PVT's subsampling needs 8 pixels of the first map; Swin pads whatever it gets.
+    [
+        (SlidePVT, (0,), 4),
+        (TwinsPCPVT, (0,), 32),
+        (TwinsPCPVT, (2,), 32),
+        (SlideSwin, (0,), 4),
+        (SlideSwin, (1, 2), 16),
+    ],
+)
+def test_the_least_image_follows_from_what_is_built(cls, out_indices, least):
+    model = cls(SMALL if cls is SlideSwin else SMALL_PVT, out_indices=out_indices)
+    model(torch.randn(1, 3, least, least))
+    with pytest.raises(ValueError, match=rf'at least {least} pixels a side, got \({least - 1}, {least}\)'):
+        model(torch.randn(1, 3, least - 1, least))
+
+
+@pytest.mark.parametrize('cls', CLASSES)
 @pytest.mark.parametrize('stage_norm', ['next', 'output', None])
 def test_what_the_norms_of_stages_are_put_on(cls, stage_norm):
     model = randomize(cls(SMALL if cls is SlideSwin else SMALL_PVT, stage_norm=stage_norm)).eval()

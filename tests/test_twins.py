@@ -286,7 +286,7 @@ def test_out_indices_pick_maps(cls):
     image = torch.randn(1, 3, 64, 64)
     wanted = outputs(model, image)
     fewer = small(cls, out_indices=(0, 2))
-    fewer.load_state_dict(model.state_dict())
+    fewer.load_state_dict(model.state_dict(), strict=False)
     for out, reference in zip(outputs(fewer, image), (wanted[0], wanted[2]), strict=True):
         assert torch.equal(out, reference)
 

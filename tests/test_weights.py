@@ -222,6 +222,57 @@ def local_attention(attention, x):
     return attention.proj(out)
 
 
+def mmdet_host(name, **kwargs):
+    return randomize(getattr(pytest.importorskip('mmdet.models.backbones'), name)(**kwargs))
+
+
+WHOLE = {
+    'ours': (lambda: small(SlidePVT).state_dict(), lambda **kw: small(SlidePVT, **kw)),
+    'authors PVT': (
+        lambda: to_authors_pvt(small(SlidePVT, slide_stages=())),
+        lambda **kw: small(SlidePVT, slide_stages=(), **kw),
+    ),
+    'mmdet PVT': (
+        lambda: mmdet_host('PyramidVisionTransformer', num_layers=[2, 2, 2, 2]).state_dict(),
+        lambda **kw: SlidePVT('tiny', **kw),
+    ),
+    'mmdet Swin': (
+        lambda: mmdet_host('SwinTransformer').state_dict(),
+        lambda **kw: SlideSwin('tiny', **kw),
+    ),
+    'authors Slide-Swin': (
+        lambda: golden_state('slide_swin_tiny_224'),
+        lambda **kw: SlideSwin(window_size=(7, 7, 14, 7), **kw),
+    ),
+    'authors SVT': (lambda: golden_state('alt_gvt_small_cls_224'), lambda **kw: TwinsSVT('small', **kw)),
+    'mmseg PCPVT': (
+        lambda: mmseg_host(TwinsPCPVT, norm_after_stage=True).state_dict(),
+        lambda **kw: small_twins(TwinsPCPVT, **kw),
+    ),
+    'mmpretrain SVT': (lambda: golden_state('mmpretrain_svt'), lambda **kw: small_twins(TwinsSVT, **kw)),
+}
+
+
+@pytest.mark.parametrize('layout', WHOLE)
+@pytest.mark.parametrize('out_indices', [(0,), (1,), (0, 2)])
+def test_a_whole_backbone_loads_into_one_without_the_last_stages(layout, out_indices, save, log):
+    state, build = WHOLE[layout]
+    checkpoint = save(state())
+    whole, model = build(), build(out_indices=out_indices)
+    for backbone in (whole, model):
+        load_pretrained(backbone, checkpoint)
+    assert len(model.stages) == out_indices[-1] + 1
+    assert all(torch.equal(value, whole.state_dict()[key]) for key, value in model.state_dict().items())
+    assert 'unexpected, not used' in log.text
+    assert not any(record.levelno >= logging.WARNING for record in log.records)
+
+
+def test_another_host_is_refused_without_the_last_stages_too(save):
+    checkpoint = save(small_twins(TwinsPCPVT).state_dict())
+    with pytest.raises(ValueError, match=r'does not fit this SlidePVT'):
+        load_pretrained(small(SlidePVT, out_indices=(0,), slide_stages=()), checkpoint)
+
+
 @pytest.mark.parametrize('cls', [SlidePVT, SlideSwin])
 def test_warm_start_from_a_host_is_plain_local_attention_with_its_weights(cls, save, log):
     host = randomize(small(cls, slide_stages=()))

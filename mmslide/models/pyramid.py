@@ -75,7 +75,8 @@ class Pyramid(BaseModule):
             attention; () is the host itself.
         kernel_size: of Slide Attention, odd, one number or one a stage.
         attn_backend: of Slide Attention, see `mmslide.ops.slide_attention`; None takes the best.
-        out_indices: stages (from 0) whose maps are put out, finest first.
+        out_indices: stages (from 0) whose maps are put out, finest first. Those after the last one are not built; drop
+            path rates are those of the whole backbone, whose checkpoints still load by `init_cfg`.
         frozen_stages: -1 freezes nothing, 0 the first patch embedding, n also the first n stages whole.
         stage_norm: 'next' puts a norm after each stage, and the next stage sees the normed map; 'output' norms the
             outputs alone; None is none.
@@ -90,7 +91,8 @@ class Pyramid(BaseModule):
         deploy: the form for inference, see `mmslide.deploy.fuse`; fused checkpoints load into it, and all others.
 
     Raises:
-        ValueError: an argument does not fit (the message names it), or an image is smaller than the coarsest stride.
+        ValueError: an argument does not fit (the message names it), or an image is smaller than the coarsest stride or
+            the patch that a mixer needs.
     """
 
     variants: ClassVar[Variants]
@@ -119,14 +121,14 @@ class Pyramid(BaseModule):
         self.check_arguments()
         depths = self.row['depths']
         rates = iter(torch.linspace(0, self.drop_path_rate, sum(depths), device='cpu').tolist())
+        # What comes after the last output would have no gradient, and distributed training would stop.
+        built = depths[: max(self.out_indices) + 1]
         blocks = [
             [self._build_block(stage, index, next(rates)) for index in range(depth)]
-            for stage, depth in enumerate(depths)
+            for stage, depth in enumerate(built)
         ]
-        self.stages = ModuleList([self._build_stage(stage, blocks[stage]) for stage in range(len(depths))])
-        self.min_size = 1
-        for stage in self.stages:
-            self.min_size *= stage.embed.stride
+        self.stages: Any = ModuleList([self._build_stage(stage, blocks[stage]) for stage in range(len(built))])
+        self.min_size = self._min_size()
         if self.deploy:
             self.switch_to_deploy()
         self._freeze()
@@ -147,7 +149,7 @@ class Pyramid(BaseModule):
         raise NotImplementedError
 
     def build_mixer(self, stage: int, index: int, **shared: Any) -> nn.Module:
-        """The host's own attention in a block.
+        """The host's own attention in a block; where it does not take every map, its `min_size` is the least side.
 
         Args:
             shared: embed_dims, num_heads, qkv_bias, attn_drop_rate and proj_drop_rate.
@@ -188,12 +190,20 @@ class Pyramid(BaseModule):
         norm = build_norm_layer(self.norm_cfg, dims[stage])[1] if normed else nn.Identity()
         return self.build_stage(embed, blocks, norm, dims[stage])
 
+    def _min_size(self) -> int:
+        """Of an image: in each stage the map must have a pixel, and what the mixers need."""
+        stride, sizes = 1, []
+        for stage in self.stages:
+            stride *= stage.embed.stride
+            sizes += [stride * getattr(block.attn, 'min_size', 1) for block in stage.blocks]
+        return max(sizes)
+
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         if x.shape[-2] < self.min_size or x.shape[-1] < self.min_size:  # min() would compare the two under export
             raise ValueError(f'images must be at least {self.min_size} pixels a side, got {tuple(x.shape[-2:])}')
         x = x.permute(0, 2, 3, 1)
         outs = []
-        for index, stage in enumerate(self.stages[: max(self.out_indices) + 1]):
+        for index, stage in enumerate(self.stages):
             x, normed = stage(x, self.with_cp)
             if index in self.out_indices:
                 # Contiguous: mmcv's RoIAlign reads the memory of a channels-last view in the wrong order.

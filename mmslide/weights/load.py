@@ -1,7 +1,7 @@
 import io
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,8 @@ def load_pretrained(
         for key in target
         if key in state and state[key].shape != target[key].shape
     ]
-    foreign = sorted(_host_kinds(state) - _host_kinds(target))
+    built = {_stage(key) for key in target}  # a backbone that puts out finer maps alone lacks the last stages
+    foreign = sorted(_host_kinds(key for key in state if _stage(key) in built) - _host_kinds(target))
     if wrong or foreign or len(absent) > len(essential) // 2:
         if wrong:
             problem = f'{len(wrong)} shapes differ: {"; ".join(wrong[:3])}'
@@ -104,11 +105,15 @@ def key_table(groups: Mapping[str, Sequence[str]]) -> Table:
     return table
 
 
-def _host_kinds(state: StateDict) -> set[str]:
+def _stage(key: str) -> str:
+    return '.'.join(key.split('.')[:2])
+
+
+def _host_kinds(keys: Iterable[str]) -> set[str]:
     """What tells one host's keys from another's: all but the token mixers, numbers aside."""
     return {
         re.sub(r'\d+', '*', key)
-        for key in state
+        for key in keys
         if key.startswith('stages.') and '.attn.' not in key and not OPTIONAL.search(key)
     }
 

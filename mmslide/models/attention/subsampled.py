@@ -32,7 +32,7 @@ class SubsampledAttention(BaseModule):
         if embed_dims % num_heads:
             raise ValueError(f'embed_dims must be divisible by num_heads, got {embed_dims=}, {num_heads=}')
         self.num_heads = num_heads
-        self.sr_ratio = sr_ratio
+        self.sr_ratio = self.min_size = sr_ratio
         self.attn_drop_rate = attn_drop_rate
         self.q = nn.Linear(embed_dims, embed_dims, bias=qkv_bias)
         self.kv = nn.Linear(embed_dims, 2 * embed_dims, bias=qkv_bias)
