@@ -259,20 +259,38 @@ def test_pretrain_img_size_sets_the_position_embeddings():
     assert [tuple(s.embed.position_embedding.shape[1:3]) for s in model.stages] == [(16, 24), (8, 12), (4, 6), (2, 3)]
 
 
-@BOTH
+@pytest.mark.parametrize('cls', CLASSES)
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
-        (dict(arch='huge'), r"arch must be one of \['tiny', 'small'.*got arch='huge'"),
+        (dict(arch='huge'), r"arch must be one of \[.*'small'.*\] or a dict, got arch='huge'"),
+        (dict(arch=None), r'arch must be one of .* or a dict, got arch=None'),
         (dict(arch=dict(embed_dims=(8,))), r'an arch dict must have the keys'),
+        (dict(in_channels=0), r'in_channels must be a positive integer, got in_channels=0'),
         (dict(slide_stages=(0, 4)), r'slide_stages must be a list of different stages from 0 to 3.*\(0, 4\)'),
         (dict(slide_stages=(1, 1)), r'slide_stages must be a list of different stages'),
         (dict(slide_stages=1), r'slide_stages must be a list'),
+        (dict(slide_stages=None), r'slide_stages must be a list .*got slide_stages=None'),
+        (dict(slide_stages=(True,)), r'slide_stages must be a list'),
         (dict(out_indices=(4,)), r'out_indices must be a list of different stages from 0 to 3'),
+        (dict(out_indices=None), r'out_indices must be a list .*got out_indices=None'),
         (dict(out_indices=()), r'out_indices must name at least one stage'),
-        (dict(frozen_stages=5), r'frozen_stages must be in -1..4, got frozen_stages=5'),
+        (dict(out_indices=(0,), frozen_stages=5), r'frozen_stages must be in -1..4, got frozen_stages=5'),
+        (dict(frozen_stages=None), r'frozen_stages must be in -1..4, got frozen_stages=None'),
+        (dict(frozen_stages=True), r'frozen_stages must be in -1..4, got frozen_stages=True'),
         (dict(kernel_size=(3, 3)), r'kernel_size must be one number or one for each of the 4 stages'),
-        (dict(kernel_size=4), r'kernel_size=4'),
+        (dict(kernel_size=4), r'kernel_size must be a positive odd integer, got kernel_size=4'),
+        (dict(kernel_size=(3, 3, 3, 4)), r'kernel_size must be a positive odd integer, got kernel_size=4'),
+        (dict(kernel_size=True), r'kernel_size must be a positive odd integer, got kernel_size=True'),
+        (dict(kernel_size=3.0), r'kernel_size must be a positive odd integer, got kernel_size=3\.0'),
+        (dict(kernel_size=None), r'kernel_size must be a positive odd integer, got kernel_size=None'),
+        (dict(attn_backend='natve'), r"attn_backend must be one of .*'native'.* or None, got attn_backend='natve'"),
+        (dict(stage_norm=True), r"stage_norm must be 'next', 'output' or None, got stage_norm=True"),
+        (dict(drop_rate=1.0), r'drop_rate must be a number in \[0, 1\), got drop_rate=1\.0'),
+        (dict(attn_drop_rate=-0.1), r'attn_drop_rate must be a number in \[0, 1\), got attn_drop_rate=-0\.1'),
+        (dict(drop_path_rate=1.5), r'drop_path_rate must be a number in \[0, 1\), got drop_path_rate=1\.5'),
+        (dict(drop_path_rate=float('nan')), r'drop_path_rate must be a number in \[0, 1\), got drop_path_rate=nan'),
+        (dict(drop_path_rate=None), r'drop_path_rate must be a number in \[0, 1\), got drop_path_rate=None'),
     ],
 )
 def test_wrong_arguments_are_named(cls, arguments, message):
@@ -280,11 +298,48 @@ def test_wrong_arguments_are_named(cls, arguments, message):
         cls(**arguments)
 
 
-def test_wrong_arch_rows_are_named():
-    with pytest.raises(ValueError, match=r'one value for each of its 4 stages, got num_heads=\(1, 2\)'):
-        SlideSwin(dict(SMALL, num_heads=(1, 2)))
-    with pytest.raises(ValueError, match=r'divisible by num_heads in each stage, got embed_dims=32, num_heads=3'):
-        SlideSwin(dict(SMALL, num_heads=(1, 3, 3, 4)))
+@pytest.mark.parametrize('cls', [SlideSwin, TwinsSVT])
+@pytest.mark.parametrize(
+    ('window_size', 'message'),
+    [
+        ((7, 7), r'window_size must be one number or one for each of the 4 stages'),
+        (0, r'window_size must be a positive integer, got window_size=0'),
+        (7.0, r'window_size must be a positive integer, got window_size=7\.0'),
+    ],
+)
+def test_wrong_window_sizes_are_named(cls, window_size, message):
+    with pytest.raises(ValueError, match=message):
+        cls(window_size=window_size, slide_stages=(0, 1, 2, 3))
+
+
+@pytest.mark.parametrize('size', [10, 31, (64, 16), (64,), 224.0, None])
+def test_position_embeddings_without_a_pixel_are_refused(size):
+    with pytest.raises(
+        ValueError, match=r'pretrain_img_size must be one side or \(height, width\), at least 32 pixels'
+    ):
+        SlidePVT(pretrain_img_size=size)
+
+
+@pytest.mark.parametrize(
+    ('row', 'message'),
+    [
+        (dict(num_heads=(1, 2)), r'one value for each of its 4 stages, got num_heads=\(1, 2\)'),
+        (dict(num_heads=(1, 3, 3, 4)), r'embed_dims must be divisible by num_heads, got embed_dims=32, num_heads=3'),
+        (dict(num_heads=0), r'positive integers alone, got num_heads=\[0, 0, 0, 0\]'),
+        (dict(num_heads=None), r'one value for each of its 4 stages, got num_heads=None'),
+        (dict(embed_dims=16.0), r'positive integers alone, got embed_dims=\[16\.0, '),
+        (dict(depths=1), r'depths as a list with one number for each stage, got depths=1'),
+        (dict(depths=()), r'depths as a list with one number for each stage, got depths=\(\)'),
+        (dict(depths=(1, 0, 1, 1)), r'positive integers alone, got depths=\(1, 0, 1, 1\)'),
+        (dict(depths=None), r'depths as a list with one number for each stage, got depths=None'),
+        (dict(mlp_ratios=0), r'positive numbers alone, got mlp_ratios=\[0, 0, 0, 0\]'),
+        (dict(mlp_ratios='4444'), r"positive numbers alone, got mlp_ratios='4444'"),
+        (dict(sr_ratios=(8, 4, 2, 0)), r'positive integers alone, got sr_ratios=\(8, 4, 2, 0\)'),
+    ],
+)
+def test_wrong_arch_rows_are_named(row, message):
+    with pytest.raises(ValueError, match=message):
+        SlidePVT(dict(SMALL_PVT, **row))
 
 
 @pytest.mark.parametrize('cls', CLASSES)

@@ -367,35 +367,6 @@ def test_parameters_of_the_variants(cls, variants):
 
 
 @BOTH
-@pytest.mark.parametrize(
-    ('arguments', 'message'),
-    [
-        (dict(arch='tiny'), r"arch must be one of \['small', 'base', 'large'\].*got arch='tiny'"),
-        (dict(arch=dict(embed_dims=(8,))), r'an arch dict must have the keys'),
-        (dict(out_indices=(4,)), r'out_indices must be a list of different stages from 0 to 3'),
-        (dict(frozen_stages=5), r'frozen_stages must be in -1..4, got frozen_stages=5'),
-    ],
-)
-def test_wrong_arguments_are_named(cls, arguments, message):
-    with pytest.raises(ValueError, match=message):
-        cls(**arguments)
-
-
-@pytest.mark.parametrize(
-    ('arguments', 'message'),
-    [
-        (dict(slide_stages=(0, 4)), r'slide_stages must be a list of different stages from 0 to 3.*\(0, 4\)'),
-        (dict(window_size=(7, 7)), r'window_size must be one number or one for each of the 4 stages'),
-        (dict(window_size=0), r'window_size must be a positive number, got window_size=0'),
-        (dict(slide_stages=(0,), kernel_size=4), r'kernel_size=4'),
-    ],
-)
-def test_wrong_arguments_of_svt_are_named(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        TwinsSVT(**arguments)
-
-
-@BOTH
 def test_images_below_the_coarsest_stride_are_refused(cls):
     with pytest.raises(ValueError, match=r'at least 32 pixels a side, got \(31, 64\)'):
         small(cls)(torch.randn(1, 3, 31, 64))

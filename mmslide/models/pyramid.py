@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from mmcv.cnn import build_norm_layer
@@ -11,25 +11,17 @@ from mmengine.model import ModuleList
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mmslide.ops import check_backend
 from mmslide.weights import load_pretrained
 
-from .arguments import check_stages, per_stage, pick_arch
+from .arguments import check_integer, check_rate, check_stages, per_stage, pick_arch
 from .attention import SlideAttention
+from .base import BaseModule, InitCfg
 from .layers import Block
 from .mlp import MLP
 
-if TYPE_CHECKING:
-
-    class BaseModule(nn.Module):
-        """mmengine has no types: below a class of type Any mypy would let a wrong argument's name pass."""
-
-        def init_weights(self) -> None: ...
-else:
-    from mmengine.model import BaseModule
-
 Arch = str | Mapping[str, Any]
 Variants = Mapping[str, Mapping[str, Sequence[int]]]
-InitCfg = dict | list[dict] | None
 StageNorm = Literal['next', 'output'] | None
 
 
@@ -136,13 +128,21 @@ class Pyramid(BaseModule):
     def check_arguments(self) -> None:
         """Checks the arguments, and derives those for each stage; a host extends it for its own."""
         self.num_stages = len(self.row['depths'])
-        self.kernel_sizes = per_stage('kernel_size', self.kernel_size, self.num_stages)
+        self.kernel_sizes = per_stage('kernel_size', self.kernel_size, self.num_stages, odd=True)
+        check_integer('in_channels', self.in_channels)
         check_stages('slide_stages', self.slide_stages, self.num_stages)
         check_stages('out_indices', self.out_indices, self.num_stages)
         if not self.out_indices:
             raise ValueError('out_indices must name at least one stage, got ()')
-        if not -1 <= self.frozen_stages <= self.num_stages:
-            raise ValueError(f'frozen_stages must be in -1..{self.num_stages}, got frozen_stages={self.frozen_stages}')
+        if type(self.frozen_stages) is not int or not -1 <= self.frozen_stages <= self.num_stages:
+            raise ValueError(
+                f'frozen_stages must be in -1..{self.num_stages}, got frozen_stages={self.frozen_stages!r}'
+            )
+        if self.stage_norm not in ('next', 'output', None):
+            raise ValueError(f"stage_norm must be 'next', 'output' or None, got stage_norm={self.stage_norm!r}")
+        for name in ('drop_rate', 'attn_drop_rate', 'drop_path_rate'):
+            check_rate(name, getattr(self, name))
+        check_backend('attn_backend', self.attn_backend)
 
     def build_embedding(self, stage: int, in_channels: int, embed_dims: int) -> nn.Module:
         """(B, H, W, in_channels) to (B, H / stride, W / stride, embed_dims), with that `stride` as an attribute."""

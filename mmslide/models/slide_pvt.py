@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from mmslide.registry import MODELS
 
+from .arguments import check_size
 from .attention import SubsampledAttention
 from .layers import PatchEmbed
 from .pyramid import Arch, Pyramid
@@ -44,9 +45,12 @@ class SlidePVT(Pyramid):
     slide_stages: Sequence[int] = (0, 1)
     pretrain_img_size: int | Sequence[int] = 224
 
+    def check_arguments(self) -> None:
+        super().check_arguments()
+        self.image_size = check_size('pretrain_img_size', self.pretrain_img_size, least=2 ** (self.num_stages + 1))
+
     def build_embedding(self, stage: int, in_channels: int, embed_dims: int) -> nn.Module:
-        size = self.pretrain_img_size
-        height, width = (size, size) if isinstance(size, int) else size
+        height, width = self.image_size
         stride = 2 ** (stage + 2)
         return PositionedPatchEmbed(
             in_channels,
