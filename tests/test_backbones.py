@@ -17,7 +17,7 @@ from torch import nn
 
 from mmslide.models import SlidePVT, SlideSwin, TwinsPCPVT, TwinsSVT
 from mmslide.models.attention import SlideAttention
-from mmslide.weights.layouts import to_ours
+from mmslide.weights.layouts import to_mmslide
 
 SMALL = dict(embed_dims=(16, 32, 48, 64), depths=(1, 2, 2, 2), num_heads=(1, 2, 3, 4), mlp_ratios=(2, 2, 2, 2))
 SMALL_PVT = dict(SMALL, sr_ratios=(8, 4, 2, 1))
@@ -34,7 +34,7 @@ BOTH = pytest.mark.parametrize('cls', [SlidePVT, SlideSwin])
 def test_slide_swin_gives_the_authors_numbers():
     name = 'slide_swin_tiny_224'
     model = SlideSwin(window_size=(7, 7, 14, 7), stage_norm=None).eval()
-    _, ours = to_ours(golden_state(name))
+    _, ours = to_mmslide(golden_state(name))
     missing, unexpected = model.load_state_dict(ours, strict=False)
     assert not missing
     assert sorted(unexpected) == ['head.bias', 'head.weight', 'norm.bias', 'norm.weight']

@@ -16,7 +16,7 @@ from mmslide.flops import count_macs
 from mmslide.models import TwinsPCPVT, TwinsSVT
 from mmslide.models.attention import LocallyGroupedAttention, SlideAttention, SubsampledAttention
 from mmslide.models.twins import PCPVT_VARIANTS, SVT_VARIANTS
-from mmslide.weights.layouts import to_ours
+from mmslide.weights.layouts import to_mmslide
 
 SMALL = dict(
     embed_dims=(16, 32, 48, 64), depths=(1, 2, 3, 2), num_heads=(1, 2, 3, 4), mlp_ratios=2, sr_ratios=(8, 4, 2, 1)
@@ -46,7 +46,7 @@ def outputs(model, image):
 )
 def test_the_authors_numbers(name, cls, kwargs):
     model = cls('small', **kwargs)
-    layout, state = to_ours(golden_state(name))
+    layout, state = to_mmslide(golden_state(name))
     assert layout == "authors' Twins"
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert not missing
@@ -62,7 +62,7 @@ def test_the_authors_numbers(name, cls, kwargs):
 )
 def test_the_mask_tells_the_authors_copies_apart(name, mask_padding):
     model = TwinsSVT('small', mask_padding=mask_padding)
-    model.load_state_dict(to_ours(golden_state(name))[1], strict=False)
+    model.load_state_dict(to_mmslide(golden_state(name))[1], strict=False)
     with pytest.raises(AssertionError):
         assert_golden(name, outputs(model, golden_image(name)))
 
@@ -71,7 +71,7 @@ def test_the_mask_tells_the_authors_copies_apart(name, mask_padding):
 def test_mmpretrains_numbers(cls):
     name = f'mmpretrain_{cls.__name__.removeprefix("Twins").lower()}'
     model = small(cls, stage_norm='next', norm_cfg=dict(type='LN'))
-    layout, state = to_ours(golden_state(name))
+    layout, state = to_mmslide(golden_state(name))
     assert layout == 'mmpretrain Twins'
     model.load_state_dict(state)
     assert_golden(name, outputs(model, golden_image(name)))

@@ -18,7 +18,7 @@ from mmslide.models import SlidePVT, SlideSwin, TwinsPCPVT, TwinsSVT
 from mmslide.models.attention import SlideAttention
 from mmslide.ops import fixed_shift
 from mmslide.weights import load_pretrained, read_state_dict
-from mmslide.weights.layouts import from_ours, slide_attention, to_ours
+from mmslide.weights.layouts import from_mmslide, slide_attention, to_mmslide
 
 
 @pytest.fixture
@@ -450,7 +450,7 @@ def assert_equal_states(state, wanted):
 @pytest.mark.parametrize('name', GOLDEN_TWINS)
 def test_round_trip_from_the_authors(name):
     state = golden_state(name)
-    assert_equal_states(from_ours(to_ours(state)[1], 'authors'), state)
+    assert_equal_states(from_mmslide(to_mmslide(state)[1], 'authors'), state)
 
 
 @TWINS
@@ -458,11 +458,11 @@ def test_round_trip_from_the_authors(name):
 def test_round_trip_from_mmseg(cls, qkv_bias):
     host = mmseg_host(cls, norm_after_stage=True, qkv_bias=qkv_bias)
     state = randomize(host).state_dict()
-    layout, ours = to_ours(state)
+    layout, ours = to_mmslide(state)
     assert layout == 'mmseg Twins'
-    assert_equal_states(from_ours(ours, 'mmseg'), state)
-    theirs = from_ours(ours, 'authors')
-    assert_equal_states(from_ours(to_ours(theirs)[1], 'mmseg'), state)
+    assert_equal_states(from_mmslide(ours, 'mmseg'), state)
+    theirs = from_mmslide(ours, 'authors')
+    assert_equal_states(from_mmslide(to_mmslide(theirs)[1], 'mmseg'), state)
 
 
 @pytest.mark.parametrize(
@@ -479,12 +479,12 @@ def test_round_trip_from_mmseg(cls, qkv_bias):
 @pytest.mark.parametrize('layout', ['authors', 'mmseg'])
 def test_what_a_layout_cannot_hold_is_refused(source, message, layout):
     with pytest.raises(ValueError, match=message.format(layout)):
-        from_ours(source().state_dict(), layout)
+        from_mmslide(source().state_dict(), layout)
 
 
 def test_unknown_target_is_refused():
     with pytest.raises(ValueError, match=r"layouts \['mmslide', 'authors', 'mmseg'\], got 'timm'"):
-        from_ours(small_twins(TwinsSVT).state_dict(), 'timm')
+        from_mmslide(small_twins(TwinsSVT).state_dict(), 'timm')
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mmslide.checkpoints import StateDict, read_state_dict
 
-from .layouts import fuse_slide_attention, to_ours
+from .layouts import fuse_slide_attention, to_mmslide
 
 # What a host's weights cannot have: Slide Attention's own parameters, which start as plain local attention, and the
 # norms of a backbone's outputs.
@@ -50,7 +50,7 @@ def load_pretrained(
     stripped = {key[len(prefix) :]: value for key, value in content.items() if key.startswith(prefix)}
     if not stripped:
         raise ValueError(f'no key of {checkpoint} begins with {prefix=}; the first ones are {list(content)[:3]}')
-    layout, state = to_ours(stripped)
+    layout, state = to_mmslide(stripped)
     target = model.state_dict()
     if any(key.endswith('.fused_weight') for key in target):
         state = fuse_slide_attention(state)

@@ -4,11 +4,11 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from .window import Windowed
+from .window import WindowAttentionBase
 
 
 @dataclass(eq=False, repr=False)
-class LocallyGroupedAttention(Windowed):
+class LocallyGroupedAttention(WindowAttentionBase):
     """Attention in windows that neither overlap nor shift: Twins' LSA (NeurIPS 2021, arXiv 2104.13840, section 3.2).
 
     The map is padded with zeros at its right and bottom to a multiple of the window.
@@ -17,7 +17,7 @@ class LocallyGroupedAttention(Windowed):
         mask_padding: nobody attends to the padding. False lets it take part, as in the authors' detection code, for
             weights that were trained so.
 
-    The other arguments, and what is raised: see `Windowed`.
+    The other arguments, and what is raised: see `WindowAttentionBase`.
     """
 
     mask_padding: bool = True

@@ -12,7 +12,7 @@ from .base import Attention
 
 
 @dataclass(eq=False, repr=False)
-class Windowed(Attention):
+class WindowAttentionBase(Attention):
     """What every attention in windows shares.
 
     Args:
@@ -66,7 +66,7 @@ class Windowed(Attention):
 
 
 @dataclass(eq=False, repr=False)
-class WindowAttention(Windowed):
+class WindowAttention(WindowAttentionBase):
     """Attention in (shifted) windows with a relative position bias: Swin (ICCV 2021, arXiv 2103.14030, section 3.2).
 
     A window that covers both axes of the map is neither shifted nor padded. Every other map is padded with zeros at its
@@ -75,7 +75,7 @@ class WindowAttention(Windowed):
     Args:
         shift_size: by how many pixels the windows are shifted, less than window_size; 0 for no shift.
 
-    The other arguments, and what is raised: see `Windowed`.
+    The other arguments, and what is raised: see `WindowAttentionBase`.
     """
 
     shift_size: int = 0
