@@ -79,13 +79,6 @@ def test_pretrained_inside_a_list_of_init_cfgs(save):
     assert_same(model, source)
 
 
-def test_init_weights_without_a_checkpoint():
-    model = small(SlideSwin)
-    model.init_weights()
-    assert model.stages[0].blocks[0].attn.qkv.weight.std().item() == pytest.approx(0.02, rel=0.2)
-    assert not model.stages[0].blocks[0].attn.qkv.bias.any()
-
-
 @pytest.mark.parametrize('wrapper', [None, 'model', 'state_dict'])
 @pytest.mark.parametrize('prefix', ['', 'backbone.'])
 def test_authors_slide_swin_layout(wrapper, prefix, save, log):
