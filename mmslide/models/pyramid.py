@@ -63,7 +63,7 @@ class Pyramid(BaseModule):
         arch: a variant of the table by name, or a dict with the table's keys and a list with one value a stage for
             each; one number stands for all stages, and for embed_dims it doubles from stage to stage.
         in_channels: of the images.
-        slide_stages: stages (from 0) with Slide Attention (CVPR 2023, arXiv 2304.04237) in place of the host's local
+        slide_stages: stages (from 0) with Slide Attention (CVPR 2023, arXiv 2304.04237) in place of the host's own
             attention; () is the host itself.
         kernel_size: of Slide Attention, odd, one number or one a stage.
         attn_backend: of Slide Attention, see `mmslide.ops.slide_attention`; None takes the best.
