@@ -7,7 +7,10 @@ from mmengine.registry import Registry
 # `type='mmslide.SlidePVT'` in any config finds this registry by its scope, and the classes by their location.
 MODELS = Registry('model', parent=MMENGINE_MODELS, scope='mmslide', locations=['mmslide.models'])
 WEIGHT_INITIALIZERS = Registry(
-    'weight initializer', parent=MMENGINE_WEIGHT_INITIALIZERS, scope='mmslide', locations=['mmslide.models.init']
+    'weight initializer',
+    parent=MMENGINE_WEIGHT_INITIALIZERS,
+    scope='mmslide',
+    locations=['mmslide.models.initializers'],
 )
 HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope='mmslide', locations=['mmslide.hooks'])
 OPTIM_WRAPPER_CONSTRUCTORS = Registry(

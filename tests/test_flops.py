@@ -14,6 +14,7 @@ from mmengine.registry import MODELS
 from mmslide.flops import complexity_table, count_complexity, count_macs
 from mmslide.models.attention import LocallyGroupedAttention, SlideAttention, SubsampledAttention, WindowAttention
 from mmslide.models.layers import Block
+from mmslide.models.mlp import MLP
 
 ROOT = Path(__file__).parents[1]
 # Config: the paper's G multiply-adds (1280×800 for detection, 512×2048 and for Twins 512×512 for segmentation) and
@@ -134,7 +135,7 @@ def macs_of(block: Block, channels: int, height: int, width: int) -> int:
 
 
 def block(mixer: torch.nn.Module, channels: int) -> Block:
-    return Block(mixer, channels, mlp_ratio=4, drop_rate=0.0, drop_path_rate=0.0, norm_cfg=dict(type='LN'))
+    return Block(mixer, MLP(channels, 4 * channels), channels)
 
 
 def test_slide_block():

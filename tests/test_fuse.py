@@ -15,7 +15,7 @@ from mmslide.deploy import fuse, fuse_checkpoint, load_model
 from mmslide.models import SlidePVT, SlideSwin, TwinsPCPVT, TwinsSVT, slide_pvt, slide_swin, twins
 from mmslide.models.attention import SlideAttention
 from mmslide.weights import load_pretrained
-from mmslide.weights.layouts import from_ours
+from mmslide.weights.layouts import from_mmslide
 
 SMALL = dict(embed_dims=16, depths=(2, 1, 1, 1), num_heads=(1, 2, 2, 4), mlp_ratios=2)
 SMALL_PVT = dict(SMALL, sr_ratios=(8, 4, 2, 1))
@@ -245,7 +245,7 @@ def test_weights_of_a_host_leave_the_plain_shift(tmp_path):
 def test_other_layouts_have_no_place_for_fused_weights():
     state = fuse(small(TwinsSVT)).state_dict()
     with pytest.raises(ValueError, match=r'no place for Slide Attention, but there is .*fused_weight'):
-        from_ours(state, 'authors')
+        from_mmslide(state, 'authors')
 
 
 SEGMENTOR = f"""

@@ -7,22 +7,19 @@ import pytest
 import torch
 from helpers import randomize, relative_error
 from mmengine.analysis import get_model_complexity_info
+from test_zoo import EVERY
 
-from mmslide.models import SlidePVT, SlideSwin, TwinsPCPVT, TwinsSVT
 from mmslide.models.attention import LocallyGroupedAttention, SlideAttention, SubsampledAttention, WindowAttention
 
-ROW = dict(embed_dims=(16, 32), num_heads=(1, 2), mlp_ratios=2)
-CLASSES = [SlidePVT, SlideSwin, TwinsPCPVT, TwinsSVT]
 SIZE = 64, 100  # the second maps are larger than a window, and do not divide by one
 
 
-def small(cls):
-    """Every mixer that the class has."""
-    row = dict(ROW, depths=(1, 1)) if cls in (SlidePVT, TwinsPCPVT) else dict(ROW, depths=(2, 2))
-    if cls is not SlideSwin:
+def small(backbone):
+    """Two stages, with every mixer that the class has."""
+    row = dict(backbone.row, embed_dims=(16, 32), num_heads=(1, 2), depths=(2, 2))
+    if 'sr_ratios' in row:
         row['sr_ratios'] = (2, 1)
-    kwargs = {} if cls is TwinsPCPVT else dict(slide_stages=(0,))
-    return randomize(cls(row, out_indices=(0, 1), drop_path_rate=0.0, **kwargs))
+    return randomize(backbone.cls(row, out_indices=(0, 1), drop_path_rate=0.0, slide_stages=(0,)))
 
 
 def step(function, model, x, precision):
@@ -49,10 +46,10 @@ def assert_compiled_is_eager(model, x, precision, backend):
 
 
 @pytest.mark.parametrize('precision', ['float32', 'bfloat16', 'autocast'])
-@pytest.mark.parametrize('cls', CLASSES)
-def test_compiled_backbones(cls, precision):
+@EVERY
+def test_compiled_backbones(backbone, precision):
     dtype = torch.bfloat16 if precision == 'bfloat16' else torch.float32
-    assert_compiled_is_eager(small(cls).to(dtype), torch.randn(2, 3, *SIZE, dtype=dtype), precision, 'aot_eager')
+    assert_compiled_is_eager(small(backbone).to(dtype), torch.randn(2, 3, *SIZE, dtype=dtype), precision, 'aot_eager')
 
 
 @pytest.mark.slow
@@ -73,30 +70,17 @@ def test_compiled_mixers(mixer):
 
 
 @pytest.mark.filterwarnings('ignore::torch.jit.TracerWarning')
-@pytest.mark.parametrize('cls', CLASSES)
-def test_traced_backbones(cls):
-    model, image = small(cls).eval(), torch.randn(1, 3, *SIZE)
+@EVERY
+def test_traced_backbones(backbone):
+    model, image = small(backbone).eval(), torch.randn(1, 3, *SIZE)
     for out, wanted in zip(torch.jit.trace(model, image)(image), model(image), strict=True):
         assert relative_error(out, wanted) < 1e-5
 
 
 @pytest.mark.filterwarnings('ignore::torch.jit.TracerWarning')
-@pytest.mark.parametrize('cls', CLASSES)
-def test_mmengine_counts_backbones(cls):
-    model = small(cls).eval()
+@EVERY
+def test_mmengine_counts_backbones(backbone):
+    model = small(backbone).eval()
     counts = get_model_complexity_info(model, (3, *SIZE), show_table=False, show_arch=False)
     assert counts['params'] == sum(parameter.numel() for parameter in model.parameters())
     assert counts['flops'] > 1e6
-
-
-@pytest.mark.parametrize('training', [True, False])
-@pytest.mark.parametrize('cls', CLASSES)
-def test_an_empty_batch(cls, training):
-    model = small(cls).train(training)
-    outs = model(torch.randn(0, 3, 64, 64))
-    assert [out.shape for out in outs] == [(0, 16, 16, 16), (0, 32, 8, 8)]
-    sum(out.sum() for out in outs).backward()
-    for name, parameter in model.named_parameters():
-        # scaled_dot_product_attention leaves its mask out when there are no queries.
-        if not name.endswith('relative_position_bias_table'):
-            assert torch.equal(parameter.grad, torch.zeros_like(parameter)), name

@@ -172,7 +172,7 @@ def calls(monkeypatch):
 
 
 def block():
-    return randomize(Block(nn.Identity(), 12, 3.3, 0.0, 0.0, dict(type='LN'))).eval()
+    return randomize(Block(nn.Identity(), MLP(12, 40), 12)).eval()
 
 
 def assert_layer_by_layer(calls, module, x):

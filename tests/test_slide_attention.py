@@ -259,7 +259,10 @@ def test_a_small_learned_part_survives_half_precision():
     ('arguments', 'message'),
     [
         (dict(embed_dims=10, num_heads=4), r'embed_dims=10, num_heads=4'),
+        (dict(embed_dims=8, num_heads=0), r'num_heads must be a positive integer, got num_heads=0'),
         (dict(embed_dims=8, num_heads=2, kernel_size=4), r'kernel_size=4'),
+        (dict(embed_dims=8, num_heads=2, backend='natve'), r"backend must be one of .*got backend='natve'"),
+        (dict(embed_dims=8, num_heads=2, attn_drop_rate=1), r'attn_drop_rate must be a number in \[0, 1\), got'),
     ],
 )
 def test_module_arguments_are_checked(arguments, message):

@@ -18,7 +18,7 @@ from mmslide.models import SlidePVT, SlideSwin, TwinsPCPVT, TwinsSVT
 from mmslide.models.attention import SlideAttention
 from mmslide.ops import fixed_shift
 from mmslide.weights import load_pretrained, read_state_dict
-from mmslide.weights.layouts import from_ours, slide_attention, to_ours
+from mmslide.weights.layouts import from_mmslide, slide_attention, to_mmslide
 
 
 @pytest.fixture
@@ -77,13 +77,6 @@ def test_pretrained_inside_a_list_of_init_cfgs(save):
     model = small(SlideSwin, init_cfg=init_cfg)
     model.init_weights()
     assert_same(model, source)
-
-
-def test_init_weights_without_a_checkpoint():
-    model = small(SlideSwin)
-    model.init_weights()
-    assert model.stages[0].blocks[0].attn.qkv.weight.std().item() == pytest.approx(0.02, rel=0.2)
-    assert not model.stages[0].blocks[0].attn.qkv.bias.any()
 
 
 @pytest.mark.parametrize('wrapper', [None, 'model', 'state_dict'])
@@ -176,7 +169,7 @@ def test_authors_swin_layout_equals_mmdets(save):
     row = dict(embed_dims=16, depths=(1, 2, 1, 1), num_heads=(1, 2, 4, 8), mlp_ratios=4)
     models = []
     for layout in (state, to_authors_swin(state)):
-        model = SlideSwin(row, slide_stages=(), output_norm=False)
+        model = SlideSwin(row, slide_stages=(), stage_norm=None)
         load_pretrained(model, save(layout))
         models.append(model)
     assert_same(*models)
@@ -203,8 +196,8 @@ def to_authors_pvt(model):
 
 
 def test_authors_pvt_layout(save, log):
-    source = randomize(small(SlidePVT, slide_stages=(), norm_after_stage=False))
-    model = small(SlidePVT, slide_stages=(), norm_after_stage=False)
+    source = randomize(small(SlidePVT, slide_stages=()))
+    model = small(SlidePVT, slide_stages=())
     load_pretrained(model, save(to_authors_pvt(source)))
     assert_same(model, source)
     assert "authors' PVT layout" in log.text
@@ -220,6 +213,57 @@ def local_attention(attention, x):
     logits = (q.unsqueeze(2) * unfolded[0]).sum(1, keepdim=True) * q.shape[1] ** -0.5
     out = (logits.softmax(2) * unfolded[1]).sum(2).view(batch, channels, height, width).permute(0, 2, 3, 1)
     return attention.proj(out)
+
+
+def mmdet_host(name, **kwargs):
+    return randomize(getattr(pytest.importorskip('mmdet.models.backbones'), name)(**kwargs))
+
+
+WHOLE = {
+    'ours': (lambda: small(SlidePVT).state_dict(), lambda **kw: small(SlidePVT, **kw)),
+    'authors PVT': (
+        lambda: to_authors_pvt(small(SlidePVT, slide_stages=())),
+        lambda **kw: small(SlidePVT, slide_stages=(), **kw),
+    ),
+    'mmdet PVT': (
+        lambda: mmdet_host('PyramidVisionTransformer', num_layers=[2, 2, 2, 2]).state_dict(),
+        lambda **kw: SlidePVT('tiny', **kw),
+    ),
+    'mmdet Swin': (
+        lambda: mmdet_host('SwinTransformer').state_dict(),
+        lambda **kw: SlideSwin('tiny', **kw),
+    ),
+    'authors Slide-Swin': (
+        lambda: golden_state('slide_swin_tiny_224'),
+        lambda **kw: SlideSwin(window_size=(7, 7, 14, 7), **kw),
+    ),
+    'authors SVT': (lambda: golden_state('alt_gvt_small_cls_224'), lambda **kw: TwinsSVT('small', **kw)),
+    'mmseg PCPVT': (
+        lambda: mmseg_host(TwinsPCPVT, norm_after_stage=True).state_dict(),
+        lambda **kw: small_twins(TwinsPCPVT, **kw),
+    ),
+    'mmpretrain SVT': (lambda: golden_state('mmpretrain_svt'), lambda **kw: small_twins(TwinsSVT, **kw)),
+}
+
+
+@pytest.mark.parametrize('layout', WHOLE)
+@pytest.mark.parametrize('out_indices', [(0,), (1,), (0, 2)])
+def test_a_whole_backbone_loads_into_one_without_the_last_stages(layout, out_indices, save, log):
+    state, build = WHOLE[layout]
+    checkpoint = save(state())
+    whole, model = build(), build(out_indices=out_indices)
+    for backbone in (whole, model):
+        load_pretrained(backbone, checkpoint)
+    assert len(model.stages) == out_indices[-1] + 1
+    assert all(torch.equal(value, whole.state_dict()[key]) for key, value in model.state_dict().items())
+    assert 'unexpected, not used' in log.text
+    assert not any(record.levelno >= logging.WARNING for record in log.records)
+
+
+def test_another_host_is_refused_without_the_last_stages_too(save):
+    checkpoint = save(small_twins(TwinsPCPVT).state_dict())
+    with pytest.raises(ValueError, match=r'does not fit this SlidePVT'):
+        load_pretrained(small(SlidePVT, out_indices=(0,), slide_stages=()), checkpoint)
 
 
 @pytest.mark.parametrize('cls', [SlidePVT, SlideSwin])
@@ -349,7 +393,7 @@ def test_authors_twins_layout(name, wrapper, prefix, save, log):
 def test_mmseg_twins_layout(cls, wrapper, prefix, save, log):
     """The numbers are compared in test_twins; here the way from the file."""
     host = randomize(mmseg_host(cls, norm_after_stage=True))
-    model = small_twins(cls, norm_after_stage=True)
+    model = small_twins(cls, stage_norm='next')
     load_pretrained(model, save(wrap(host.state_dict(), wrapper, prefix)))
     assert torch.equal(model.stages[2].blocks[1].attn.kv.weight, host.layers[2][1].attn.attn.in_proj_weight[48:])
     assert 'mmseg Twins layout' in log.text
@@ -360,7 +404,7 @@ def test_mmseg_twins_layout(cls, wrapper, prefix, save, log):
 @WRAPPINGS
 def test_mmpretrain_twins_layout(cls, wrapper, prefix, save, log):
     state = golden_state(f'mmpretrain_{cls.__name__.removeprefix("Twins").lower()}')
-    model = small_twins(cls, norm_after_stage=True)
+    model = small_twins(cls, stage_norm='next')
     load_pretrained(model, save(wrap(state, wrapper, prefix)))
     assert torch.equal(model.stages[3].norm.bias, state['norm_after_stage3.bias'])
     assert 'mmpretrain Twins layout' in log.text
@@ -373,7 +417,7 @@ def test_the_norm_of_mmpretrains_classifier_is_no_norm_of_a_stage(cls, save, log
     state = {
         key: value for key, value in state.items() if not key.startswith(tuple(f'norm_after_stage{i}' for i in '012'))
     }
-    model = small_twins(cls, norm_after_stage=True)
+    model = small_twins(cls, stage_norm='next')
     load_pretrained(model, save(state))
     assert torch.equal(model.stages[3].norm.weight, torch.ones(64))
     assert '\u2502 norm.weight' in log.text
@@ -399,7 +443,7 @@ def assert_equal_states(state, wanted):
 @pytest.mark.parametrize('name', GOLDEN_TWINS)
 def test_round_trip_from_the_authors(name):
     state = golden_state(name)
-    assert_equal_states(from_ours(to_ours(state)[1], 'authors'), state)
+    assert_equal_states(from_mmslide(to_mmslide(state)[1], 'authors'), state)
 
 
 @TWINS
@@ -407,11 +451,11 @@ def test_round_trip_from_the_authors(name):
 def test_round_trip_from_mmseg(cls, qkv_bias):
     host = mmseg_host(cls, norm_after_stage=True, qkv_bias=qkv_bias)
     state = randomize(host).state_dict()
-    layout, ours = to_ours(state)
+    layout, ours = to_mmslide(state)
     assert layout == 'mmseg Twins'
-    assert_equal_states(from_ours(ours, 'mmseg'), state)
-    theirs = from_ours(ours, 'authors')
-    assert_equal_states(from_ours(to_ours(theirs)[1], 'mmseg'), state)
+    assert_equal_states(from_mmslide(ours, 'mmseg'), state)
+    theirs = from_mmslide(ours, 'authors')
+    assert_equal_states(from_mmslide(to_mmslide(theirs)[1], 'mmseg'), state)
 
 
 @pytest.mark.parametrize(
@@ -428,12 +472,12 @@ def test_round_trip_from_mmseg(cls, qkv_bias):
 @pytest.mark.parametrize('layout', ['authors', 'mmseg'])
 def test_what_a_layout_cannot_hold_is_refused(source, message, layout):
     with pytest.raises(ValueError, match=message.format(layout)):
-        from_ours(source().state_dict(), layout)
+        from_mmslide(source().state_dict(), layout)
 
 
 def test_unknown_target_is_refused():
     with pytest.raises(ValueError, match=r"layouts \['mmslide', 'authors', 'mmseg'\], got 'timm'"):
-        from_ours(small_twins(TwinsSVT).state_dict(), 'timm')
+        from_mmslide(small_twins(TwinsSVT).state_dict(), 'timm')
 
 
 @pytest.fixture
@@ -468,7 +512,7 @@ def test_convert_checkpoint_there_and_back(suffix, convert, save, tmp_path):
     convert(paths[2], paths[3], '--to', 'authors')
     assert read_state_dict(paths[3]).keys() == state.keys()
     assert all(torch.equal(value, state[key]) for key, value in read_state_dict(paths[3]).items())
-    model = TwinsSVT('small', norm_after_stage=False)
+    model = TwinsSVT('small', stage_norm=None)
     for path in paths:
         load_pretrained(model, path)
         assert torch.equal(model.stages[0].peg.proj.bias, state['pos_block.0.proj.0.bias'])

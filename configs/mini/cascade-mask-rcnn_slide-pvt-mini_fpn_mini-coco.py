@@ -23,6 +23,7 @@ model = dict(
         ),
         slide_stages=(0, 1, 2),
         pretrain_img_size=image_scale,
+        stage_norm='next',
         drop_path_rate=0.0,
         # At these widths the usual standard deviation of 0.02 starts slowly.
         init_cfg=dict(type='Xavier', layer='Linear', distribution='uniform'),

@@ -8,7 +8,6 @@ model = dict(
     backbone=dict(
         type='mmslide.SlidePVT',
         arch='tiny',
-        norm_after_stage=False,  # ImageNet weights of PVT have no such norms
         drop_path_rate=0.2,
         init_cfg=dict(type='Pretrained', checkpoint='https://github.com/whai362/PVT/releases/download/v2/pvt_tiny.pth'),
     ),

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from mmslide.models.attention import SlideAttention
 from mmslide.models.layers import Block
+from mmslide.models.mlp import MLP
 
 from .baselines import TwoPathAttention
 from .measure import Measurement, Side, compare
@@ -41,7 +42,9 @@ def compare_exported(
 
 def _layer(attention: SlideAttention, mlp_ratio: float) -> nn.Module:
     channels = attention.proj.out_features
-    return (Block(attention, channels, mlp_ratio, 0.0, 0.0, dict(type='LN')) if mlp_ratio else attention).eval()
+    if not mlp_ratio:
+        return attention.eval()
+    return Block(attention, MLP(channels, round(mlp_ratio * channels)), channels).eval()
 
 
 def _in_onnxruntime(name: str, layer: nn.Module, x: Tensor) -> Side:

@@ -159,7 +159,7 @@ class Backbones:
 
 
 _PVT_SMALL = dict(num_layers=[3, 4, 6, 3])
-_PVT = partial(SlidePVT, 'small', norm_after_stage=False)
+_PVT = partial(SlidePVT, 'small')
 _LN = dict(type='LN')  # mmseg's eps
 _PCPVT_SMALL = dict(
     embed_dims=[64, 128, 320, 512], num_heads=[1, 2, 5, 8], mlp_ratios=[8, 8, 4, 4], depths=[3, 4, 6, 3], qkv_bias=True
@@ -190,7 +190,7 @@ BACKBONES = {
 }
 if find_spec('timm'):
     _TIMM_PCPVT = partial(TwinsPCPVT, 'small')
-    _TIMM_SVT = partial(TwinsSVT, 'small', norm_after_stage=False, mask_padding=False)
+    _TIMM_SVT = partial(TwinsSVT, 'small', stage_norm=None, mask_padding=False)
     BACKBONES |= {
         'twins-pcpvt-s/timm': Backbones(_TIMM_PCPVT, 'timm', 'twins_pcpvt_small', {}, _TIMM_PCPVT),
         'twins-svt-s/timm': Backbones(_TIMM_SVT, 'timm', 'twins_svt_small', {}, _TIMM_SVT),
@@ -218,8 +218,7 @@ def backbone_pair(
     """
     row = BACKBONES[name]
     baseline = _prepare(row.build_baseline(), dtype, device, training)
-    kwargs = {} if name.startswith('twins-pcpvt') else dict(attn_backend=backend)
-    ours = row.ours(drop_path_rate=0.0, **kwargs)
+    ours = row.ours(drop_path_rate=0.0, attn_backend=backend)
     same = row.ours is row.host
     if row.host is not None:
         host = ours if same else row.host(drop_path_rate=0.0)

@@ -4,8 +4,6 @@ from mmcv.cnn.bricks import DropPath
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
-from .mlp import MLP
-
 
 class PatchEmbed(BaseModule):
     """Patches that do not overlap, embedded, normed, with dropout: (B, H, W, C) to (B, H', W', embed_dims).
@@ -24,7 +22,7 @@ class PatchEmbed(BaseModule):
         drop_rate: float = 0.0,
     ) -> None:
         super().__init__()
-        self.patch_size = patch_size
+        self.stride = patch_size
         self.pad = pad
         self.projection = nn.Conv2d(in_channels, embed_dims, kernel_size=patch_size, stride=patch_size)
         self.norm = build_norm_layer(norm_cfg, embed_dims)[1]
@@ -32,7 +30,7 @@ class PatchEmbed(BaseModule):
 
     def embed(self, x: Tensor) -> Tensor:
         if self.pad:
-            x = pad_to_patches(x, self.patch_size)
+            x = pad_to_patches(x, self.stride)
         return self.norm(self.projection(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -44,6 +42,8 @@ class PatchMerging(BaseModule):
 
     The four pixels of a patch are concatenated column by column, as the authors do. Odd sides are padded with zeros.
     """
+
+    stride = 2
 
     def __init__(self, in_channels: int, out_channels: int, norm_cfg: dict = dict(type='LN')) -> None:
         super().__init__()
@@ -61,26 +61,24 @@ class Block(BaseModule):
 
     Args:
         mixer: attention on (B, H, W, C).
-        mlp_ratio: hidden over outer channels of the MLP.
-        drop_rate: dropout in the MLP.
+        mlp: called with the map and the norm that comes before it, see `MLP`.
         drop_path_rate: probability with which each of the two branches is dropped, drawn once a branch and image.
     """
 
     def __init__(
         self,
         mixer: nn.Module,
+        mlp: nn.Module,
         embed_dims: int,
-        mlp_ratio: float,
-        drop_rate: float,
-        drop_path_rate: float,
-        norm_cfg: dict,
+        drop_path_rate: float = 0.0,
+        norm_cfg: dict = dict(type='LN'),
     ) -> None:
         super().__init__()
         self.norm1 = build_norm_layer(norm_cfg, embed_dims)[1]
         self.attn = mixer
         self.drop_path = DropPath(drop_path_rate)
         self.norm2 = build_norm_layer(norm_cfg, embed_dims)[1]
-        self.ffn = MLP(embed_dims, round(mlp_ratio * embed_dims), drop_rate)
+        self.ffn = mlp
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.drop_path(self.attn(self.norm1(x)))

@@ -1,19 +1,28 @@
 """What every backbone here does the same way, written once."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field
+from typing import Any, ClassVar, Literal
 
 import torch
+from mmcv.cnn import build_norm_layer
 from mmcv.cnn.bricks import DropPath
-from mmengine.model import BaseModule, ModuleList
+from mmengine.model import ModuleList
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mmslide.ops import check_backend
 from mmslide.weights import load_pretrained
 
+from .arguments import check_integer, check_rate, check_stages, per_stage, pick_arch
 from .attention import SlideAttention
+from .base import BaseModule, InitCfg
+from .layers import Block
+from .mlp import MLP
 
-InitCfg = dict | list[dict] | None
+Arch = str | Mapping[str, Any]
+Variants = Mapping[str, Mapping[str, Sequence[int]]]
+StageNorm = Literal['next', 'output'] | None
 
 
 class Stage(BaseModule):
@@ -21,95 +30,192 @@ class Stage(BaseModule):
 
     Args:
         embed: (B, H, W, C_in) to (B, H', W', C).
-        norm: of the stage's map; None for none.
-        norm_feeds_next: whether the next stage sees the normed map, or only the outputs are normed.
-        peg: a position encoding generator behind the first block, (B, H, W, C) to the same; None for none.
+        blocks: each (B, H', W', C) to the same.
+        norm: of the stage's map.
     """
 
-    def __init__(
-        self,
-        embed: nn.Module,
-        blocks: Sequence[nn.Module],
-        norm: nn.Module | None,
-        norm_feeds_next: bool,
-        peg: nn.Module | None = None,
-    ) -> None:
+    def __init__(self, embed: nn.Module, blocks: Sequence[nn.Module], norm: nn.Module) -> None:
         super().__init__()
         self.embed = embed
         self.blocks = ModuleList(blocks)
-        self.peg = nn.Identity() if peg is None else peg
-        self.norm = nn.Identity() if norm is None else norm
-        self.norm_feeds_next = norm_feeds_next
+        self.norm = norm
 
-    def forward(self, x: Tensor, with_cp: bool) -> Tensor:
+    def forward(self, x: Tensor, with_cp: bool) -> tuple[Tensor, Tensor]:
+        """The stage's map, and the same map normed."""
         x = self.embed(x)
-        for index, block in enumerate(self.blocks):
-            x = checkpoint(block, x, use_reentrant=False) if with_cp and torch.is_grad_enabled() else block(x)
-            if index == 0:
-                x = self.peg(x)
-        return self.norm(x) if self.norm_feeds_next else x
+        for index in range(len(self.blocks)):
+            x = self.forward_block(index, x, with_cp)
+        return x, self.norm(x)
 
-    def output(self, x: Tensor) -> Tensor:
-        return x if self.norm_feeds_next else self.norm(x)
+    def forward_block(self, index: int, x: Tensor, with_cp: bool) -> Tensor:
+        block = self.blocks[index]
+        return checkpoint(block, x, use_reentrant=False) if with_cp and torch.is_grad_enabled() else block(x)
 
 
+@dataclass(eq=False, repr=False)
 class Pyramid(BaseModule):
-    """A hierarchical backbone: (B, in_channels, H, W), both sides at least the coarsest stride, to one map a stage.
+    """A hierarchical backbone: images (B, in_channels, H, W) to one map (B, C, H / stride, W / stride) a stage.
+
+    A host is a dataclass of this one: `variants` is its table, its fields are the arguments of its own and the defaults
+    that differ, and it overrides `build_embedding` and `build_mixer`, and others of the methods where it differs.
 
     Args:
-        out_indices: stages (from 0) whose maps are put out.
+        arch: a variant of the table by name, or a dict with the table's keys and a list with one value a stage for
+            each; one number stands for all stages, and for embed_dims it doubles from stage to stage.
+        in_channels: of the images.
+        slide_stages: stages (from 0) with Slide Attention (CVPR 2023, arXiv 2304.04237) in place of the host's own
+            attention; () is the host itself.
+        kernel_size: of Slide Attention, odd, one number or one a stage.
+        attn_backend: of Slide Attention, see `mmslide.ops.slide_attention`; None takes the best.
+        out_indices: stages (from 0) whose maps are put out, finest first. Those after the last one are not built; drop
+            path rates are those of the whole backbone, whose checkpoints still load by `init_cfg`.
         frozen_stages: -1 freezes nothing, 0 the first patch embedding, n also the first n stages whole.
+        stage_norm: 'next' puts a norm after each stage, and the next stage sees the normed map; 'output' norms the
+            outputs alone; None is none.
+        qkv_bias: whether the projections to queries, keys and values have a bias.
+        drop_rate: dropout after embeddings, attention and MLPs.
+        attn_drop_rate: dropout of the attention weights.
+        drop_path_rate: stochastic depth of the last block; rises linearly from 0 in the first.
         with_cp: recompute each block in backward instead of keeping its activations.
+        norm_cfg: of all norms, as mmcv's `build_norm_layer` takes it.
         init_cfg: mmengine's. `dict(type='Pretrained', checkpoint=FILE_OR_URL, prefix=None)` reads every layout that
             `mmslide.weights` knows; None draws linear weights from a truncated normal distribution with std 0.02.
         deploy: the form for inference, see `mmslide.deploy.fuse`; fused checkpoints load into it, and all others.
 
     Raises:
-        ValueError: out_indices or frozen_stages do not fit the number of stages, or an image is smaller than the
-            coarsest stride.
+        ValueError: an argument does not fit (the message names it), or an image is smaller than the coarsest stride or
+            the patch that a mixer needs.
     """
 
-    def __init__(
-        self,
-        stages: Sequence[Stage],
-        *,
-        out_indices: Sequence[int],
-        frozen_stages: int,
-        with_cp: bool,
-        init_cfg: InitCfg,
-        deploy: bool,
-    ) -> None:
-        super().__init__(init_cfg or dict(type='TruncNormal', layer='Linear', std=0.02, bias=0.0))
-        self.init_cfg: Any
-        check_stages('out_indices', out_indices, len(stages))
-        if not out_indices:
-            raise ValueError('out_indices must name at least one stage, got ()')
-        if not -1 <= frozen_stages <= len(stages):
-            raise ValueError(f'frozen_stages must be in -1..{len(stages)}, got {frozen_stages=}')
-        self.stages = ModuleList(stages)
-        self.out_indices = tuple(out_indices)
-        self.frozen_stages = frozen_stages
-        self.with_cp = with_cp
-        if deploy:
+    variants: ClassVar[Variants]
+
+    arch: Arch
+    _: KW_ONLY
+    in_channels: int = 3
+    slide_stages: Sequence[int] = ()
+    kernel_size: int | Sequence[int] = 3
+    attn_backend: str | None = None
+    out_indices: Sequence[int] = (0, 1, 2, 3)
+    frozen_stages: int = -1
+    stage_norm: StageNorm = None
+    qkv_bias: bool = True
+    drop_rate: float = 0.0
+    attn_drop_rate: float = 0.0
+    drop_path_rate: float = 0.1
+    with_cp: bool = False
+    norm_cfg: dict = field(default_factory=lambda: dict(type='LN', eps=1e-6))
+    init_cfg: InitCfg = None
+    deploy: bool = False
+
+    def __post_init__(self) -> None:
+        super().__init__(self.init_cfg or dict(type='TruncNormal', layer='Linear', std=0.02, bias=0.0))
+        self.row = pick_arch(self.arch, self.variants)
+        self.check_arguments()
+        depths = self.row['depths']
+        rates = iter(torch.linspace(0, self.drop_path_rate, sum(depths), device='cpu').tolist())
+        # What comes after the last output would have no gradient, and distributed training would stop.
+        built = depths[: max(self.out_indices) + 1]
+        blocks = [
+            [self._build_block(stage, index, next(rates)) for index in range(depth)]
+            for stage, depth in enumerate(built)
+        ]
+        self.stages: Any = ModuleList([self._build_stage(stage, blocks[stage]) for stage in range(len(built))])
+        self.min_size = self._min_size()
+        if self.deploy:
             self.switch_to_deploy()
         self._freeze()
 
+    def check_arguments(self) -> None:
+        """Checks the arguments, and derives those for each stage; a host extends it for its own."""
+        self.num_stages = len(self.row['depths'])
+        self.kernel_sizes = per_stage('kernel_size', self.kernel_size, self.num_stages, odd=True)
+        check_integer('in_channels', self.in_channels)
+        check_stages('slide_stages', self.slide_stages, self.num_stages)
+        check_stages('out_indices', self.out_indices, self.num_stages)
+        if not self.out_indices:
+            raise ValueError('out_indices must name at least one stage, got ()')
+        if type(self.frozen_stages) is not int or not -1 <= self.frozen_stages <= self.num_stages:
+            raise ValueError(
+                f'frozen_stages must be in -1..{self.num_stages}, got frozen_stages={self.frozen_stages!r}'
+            )
+        if self.stage_norm not in ('next', 'output', None):
+            raise ValueError(f"stage_norm must be 'next', 'output' or None, got stage_norm={self.stage_norm!r}")
+        for name in ('drop_rate', 'attn_drop_rate', 'drop_path_rate'):
+            check_rate(name, getattr(self, name))
+        check_backend('attn_backend', self.attn_backend)
+
+    def build_embedding(self, stage: int, in_channels: int, embed_dims: int) -> nn.Module:
+        """(B, H, W, in_channels) to (B, H / stride, W / stride, embed_dims), with that `stride` as an attribute."""
+        raise NotImplementedError
+
+    def build_mixer(self, stage: int, index: int, **shared: Any) -> nn.Module:
+        """The host's own attention in a block; where it does not take every map, its `min_size` is the least side.
+
+        Args:
+            shared: embed_dims, num_heads, qkv_bias, attn_drop_rate and proj_drop_rate.
+        """
+        raise NotImplementedError
+
+    def has_slide_attention(self, stage: int, index: int) -> bool:
+        """Whether Slide Attention takes the place of the host's own attention in a block."""
+        return stage in self.slide_stages
+
+    def build_mlp(self, stage: int, embed_dims: int) -> nn.Module:
+        return MLP(embed_dims, round(self.row['mlp_ratios'][stage] * embed_dims), self.drop_rate)
+
+    def build_stage(self, embed: nn.Module, blocks: Sequence[nn.Module], norm: nn.Module, embed_dims: int) -> Stage:
+        return Stage(embed, blocks, norm)
+
+    def _build_block(self, stage: int, index: int, drop_path_rate: float) -> Block:
+        embed_dims = self.row['embed_dims'][stage]
+        shared: dict[str, Any] = dict(
+            embed_dims=embed_dims,
+            num_heads=self.row['num_heads'][stage],
+            qkv_bias=self.qkv_bias,
+            attn_drop_rate=self.attn_drop_rate,
+            proj_drop_rate=self.drop_rate,
+        )
+        mixer: nn.Module
+        if self.has_slide_attention(stage, index):
+            mixer = SlideAttention(kernel_size=self.kernel_sizes[stage], backend=self.attn_backend, **shared)
+        else:
+            mixer = self.build_mixer(stage, index, **shared)
+        return Block(mixer, self.build_mlp(stage, embed_dims), embed_dims, drop_path_rate, self.norm_cfg)
+
+    def _build_stage(self, stage: int, blocks: Sequence[nn.Module]) -> Stage:
+        dims = self.row['embed_dims']
+        embed = self.build_embedding(stage, dims[stage - 1] if stage else self.in_channels, dims[stage])
+        # Of a stage that is not put out, the parameters of an output norm would go unused.
+        normed = self.stage_norm == 'next' or (self.stage_norm == 'output' and stage in self.out_indices)
+        norm = build_norm_layer(self.norm_cfg, dims[stage])[1] if normed else nn.Identity()
+        return self.build_stage(embed, blocks, norm, dims[stage])
+
+    def _min_size(self) -> int:
+        """Of an image: in each stage the map must have a pixel, and what the mixers need."""
+        stride, sizes = 1, []
+        for stage in self.stages:
+            stride *= stage.embed.stride
+            sizes += [stride * getattr(block.attn, 'min_size', 1) for block in stage.blocks]
+        return max(sizes)
+
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        stride = 2 ** (len(self.stages) + 1)
-        if x.shape[-2] < stride or x.shape[-1] < stride:  # min() would compare height and width under export
-            raise ValueError(f'images must be at least {stride} pixels a side, got {tuple(x.shape[-2:])}')
+        if x.shape[-2] < self.min_size or x.shape[-1] < self.min_size:  # min() would compare the two under export
+            raise ValueError(f'images must be at least {self.min_size} pixels a side, got {tuple(x.shape[-2:])}')
         x = x.permute(0, 2, 3, 1)
         outs = []
-        for index, stage in enumerate(self.stages[: max(self.out_indices) + 1]):
-            x = stage(x, self.with_cp)
+        for index, stage in enumerate(self.stages):
+            x, normed = stage(x, self.with_cp)
             if index in self.out_indices:
                 # Contiguous: mmcv's RoIAlign reads the memory of a channels-last view in the wrong order.
-                outs.append(stage.output(x).permute(0, 3, 1, 2).contiguous())
+                outs.append(normed.permute(0, 3, 1, 2).contiguous())
+            if self.stage_norm == 'next':
+                x = normed
         return tuple(outs)
 
     def switch_to_deploy(self) -> None:
         """Merges the paths of every Slide Attention and takes out what acts in training only, in place."""
-        for module in list(self.modules()):
+        modules: list[Any] = list(self.modules())
+        for module in modules:
             if isinstance(module, SlideAttention):
                 module.switch_to_deploy()
             if hasattr(module, 'attn_drop_rate'):
@@ -117,9 +223,10 @@ class Pyramid(BaseModule):
             for name, child in module.named_children():
                 if isinstance(child, nn.Dropout | DropPath):
                     setattr(module, name, nn.Identity())
+        self.deploy = True
 
     def init_weights(self) -> None:
-        configs = self.init_cfg if isinstance(self.init_cfg, list) else [self.init_cfg]
+        configs: list[Any] = self.init_cfg if isinstance(self.init_cfg, list) else [self.init_cfg]
         pretrained = [x for x in configs if x['type'] in ('Pretrained', 'PretrainedInit')]
         self.init_cfg = [x for x in configs if x not in pretrained]
         super().init_weights()
@@ -136,52 +243,3 @@ class Pyramid(BaseModule):
         frozen = [self.stages[0].embed] if self.frozen_stages == 0 else self.stages[: max(0, self.frozen_stages)]
         for module in frozen:
             module.eval().requires_grad_(False)
-
-
-def pick_arch(arch: str | Mapping[str, Any], variants: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The table row of a variant by name, or a row of the user's own with the same keys, checked.
-
-    In a user's row one number stands for all stages, and for embed_dims it doubles from stage to stage.
-
-    Raises:
-        ValueError: the name is unknown, keys are missing or unknown, or the values do not fit together.
-    """
-    if isinstance(arch, str):
-        if arch not in variants:
-            raise ValueError(f'arch must be one of {list(variants)} or a dict, got {arch=}')
-        return dict(variants[arch])
-    keys = set(next(iter(variants.values())))
-    if set(arch) != keys:
-        raise ValueError(f'an arch dict must have the keys {sorted(keys)}, got {sorted(arch)}')
-    count = len(arch['depths'])
-    row = {
-        key: [value * 2**i if key == 'embed_dims' else value for i in range(count)] if isinstance(value, int) else value
-        for key, value in arch.items()
-    }
-    for key, value in row.items():
-        if len(value) != count:
-            raise ValueError(f'arch must give one value for each of its {count} stages, got {key}={value}')
-    for embed_dims, num_heads in zip(row['embed_dims'], row['num_heads'], strict=True):
-        if embed_dims % num_heads:
-            raise ValueError(
-                f'embed_dims must be divisible by num_heads in each stage, got {embed_dims=}, {num_heads=}'
-            )
-    return row
-
-
-def check_stages(name: str, stages: Sequence[int], count: int) -> None:
-    if isinstance(stages, int) or len(set(stages)) != len(stages) or not set(stages) <= set(range(count)):
-        raise ValueError(f'{name} must be a list of different stages from 0 to {count - 1}, got {name}={stages}')
-
-
-def per_stage(name: str, value: int | Sequence[int], count: int) -> tuple[int, ...]:
-    values = (value,) * count if isinstance(value, int) else tuple(value)
-    if len(values) != count:
-        raise ValueError(f'{name} must be one number or one for each of the {count} stages, got {name}={value}')
-    return values
-
-
-def build_blocks(depths: Sequence[int], drop_path_rate: float, build: Callable[[int, int, float], nn.Module]) -> list:
-    """For each stage its blocks: `build(stage, index, rate)`, the drop path rate rising linearly over all blocks."""
-    rates = iter(torch.linspace(0, drop_path_rate, sum(depths), device='cpu').tolist())
-    return [[build(stage, index, next(rates)) for index in range(depth)] for stage, depth in enumerate(depths)]

@@ -65,10 +65,9 @@ def slide_attention(
         ValueError: shapes or dtypes do not fit together, or the backend is unknown or cannot do it.
     """
     _check(q, k, v, weight, bias, rpb, dropout_p)
+    check_backend('backend', backend)
     if backend is None:
         backend = choose_backend(q, weight)
-    if backend not in BACKENDS:
-        raise ValueError(f'backend must be one of {sorted(BACKENDS)} or None, got {backend=}')
     if backend in REFUSALS and (reason := REFUSALS[backend](q, weight)):
         raise ValueError(f"backend '{backend}' {reason}; take 'tapwise', or None for the best that can do it")
     if not q.numel():
@@ -85,6 +84,12 @@ def slide_attention(
     with without_autocast(q):
         parameters = (weight.to(dtype), bias.to(dtype), rpb.to(dtype))
         return BACKENDS[backend](*maps, *parameters, scale, dropout_mask).to(q.dtype)
+
+
+def check_backend(name: str, value: str | None) -> None:
+    """Raises ValueError, which names the argument, if there is no such backend."""
+    if value is not None and value not in BACKENDS:
+        raise ValueError(f'{name} must be one of {sorted(BACKENDS)} or None, got {name}={value!r}')
 
 
 def choose_backend(q: Tensor, weight: Tensor) -> str:

@@ -5,7 +5,7 @@ from rich.table import Table
 from mmslide.checkpoints import check_finite, import_safetensors, is_safetensors, read_state_dict, save_checkpoint
 from mmslide.files import atomic_write
 
-from .layouts import from_ours, to_ours
+from .layouts import from_mmslide, to_mmslide
 from .load import find_prefix, key_table
 
 
@@ -34,8 +34,8 @@ def convert_checkpoint(checkpoint: str | Path, out: str | Path, layout: str) -> 
         check_finite(source, checkpoint)
         prefix = find_prefix(source)
         backbone = {key.removeprefix(prefix): value for key, value in source.items() if key.startswith(prefix)}
-        name, ours = to_ours(backbone)
-        converted = {prefix + key: value for key, value in from_ours(ours, layout).items()}
+        name, ours = to_mmslide(backbone)
+        converted = {prefix + key: value for key, value in from_mmslide(ours, layout).items()}
         state = {key: value for key, value in source.items() if not key.startswith(prefix)} | converted
         if is_safetensors(out):
             contiguous = {key: value.contiguous() for key, value in state.items()}  # it refuses others

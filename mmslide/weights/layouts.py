@@ -45,7 +45,7 @@ MMPRETRAIN_TWINS: Rules = [
 COMPUTED = ('relative_position_index', 'attn_mask', 'dep_conv.weight')
 
 
-def to_ours(state: StateDict) -> tuple[str, StateDict]:
+def to_mmslide(state: StateDict) -> tuple[str, StateDict]:
     """Recognises the layout from the keys: its name and the state dict in our layout.
 
     Raises:
@@ -59,7 +59,7 @@ def to_ours(state: StateDict) -> tuple[str, StateDict]:
     )
 
 
-def from_ours(state: StateDict, layout: str) -> StateDict:
+def from_mmslide(state: StateDict, layout: str) -> StateDict:
     """A state dict in our layout as one of `TARGETS`.
 
     Raises:

@@ -1,7 +1,7 @@
 import io
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mmslide.checkpoints import StateDict, read_state_dict
 
-from .layouts import fuse_slide_attention, to_ours
+from .layouts import fuse_slide_attention, to_mmslide
 
 # What a host's weights cannot have: Slide Attention's own parameters, which start as plain local attention, and the
 # norms of a backbone's outputs.
@@ -50,7 +50,7 @@ def load_pretrained(
     stripped = {key[len(prefix) :]: value for key, value in content.items() if key.startswith(prefix)}
     if not stripped:
         raise ValueError(f'no key of {checkpoint} begins with {prefix=}; the first ones are {list(content)[:3]}')
-    layout, state = to_ours(stripped)
+    layout, state = to_mmslide(stripped)
     target = model.state_dict()
     if any(key.endswith('.fused_weight') for key in target):
         state = fuse_slide_attention(state)
@@ -65,7 +65,8 @@ def load_pretrained(
         for key in target
         if key in state and state[key].shape != target[key].shape
     ]
-    foreign = sorted(_host_kinds(state) - _host_kinds(target))
+    built = {_stage(key) for key in target}  # a backbone that puts out finer maps alone lacks the last stages
+    foreign = sorted(_host_kinds(key for key in state if _stage(key) in built) - _host_kinds(target))
     if wrong or foreign or len(absent) > len(essential) // 2:
         if wrong:
             problem = f'{len(wrong)} shapes differ: {"; ".join(wrong[:3])}'
@@ -104,11 +105,15 @@ def key_table(groups: Mapping[str, Sequence[str]]) -> Table:
     return table
 
 
-def _host_kinds(state: StateDict) -> set[str]:
+def _stage(key: str) -> str:
+    return '.'.join(key.split('.')[:2])
+
+
+def _host_kinds(keys: Iterable[str]) -> set[str]:
     """What tells one host's keys from another's: all but the token mixers, numbers aside."""
     return {
         re.sub(r'\d+', '*', key)
-        for key in state
+        for key in keys
         if key.startswith('stages.') and '.attn.' not in key and not OPTIONAL.search(key)
     }
 

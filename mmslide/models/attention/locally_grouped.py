@@ -1,40 +1,26 @@
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from .window import Windowed
+from .window import WindowAttentionBase
 
 
-class LocallyGroupedAttention(Windowed):
+@dataclass(eq=False, repr=False)
+class LocallyGroupedAttention(WindowAttentionBase):
     """Attention in windows that neither overlap nor shift: Twins' LSA (NeurIPS 2021, arXiv 2104.13840, section 3.2).
 
     The map is padded with zeros at its right and bottom to a multiple of the window.
 
     Args:
-        embed_dims: C of the map (B, H, W, C), divisible by num_heads.
-        window_size: side of a window in pixels of the map.
         mask_padding: nobody attends to the padding. False lets it take part, as in the authors' detection code, for
             weights that were trained so.
-        attn_drop_rate: dropout of the attention weights.
-        proj_drop_rate: dropout of the output.
 
-    Raises:
-        ValueError: embed_dims is not divisible by num_heads, or window_size is not positive.
+    The other arguments, and what is raised: see `WindowAttentionBase`.
     """
 
-    def __init__(
-        self,
-        embed_dims: int,
-        num_heads: int,
-        window_size: int,
-        mask_padding: bool = True,
-        qkv_bias: bool = True,
-        attn_drop_rate: float = 0.0,
-        proj_drop_rate: float = 0.0,
-        init_cfg: dict | list[dict] | None = None,
-    ) -> None:
-        super().__init__(embed_dims, num_heads, window_size, qkv_bias, attn_drop_rate, proj_drop_rate, init_cfg)
-        self.mask_padding = mask_padding
+    mask_padding: bool = True
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[1:3]

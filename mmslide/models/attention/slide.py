@@ -1,17 +1,21 @@
 from collections.abc import Callable, Sequence
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from mmengine.model import BaseModule
 from torch import Tensor, nn
 
+from mmslide.models.arguments import check_integer
 from mmslide.models.plain import is_plain
-from mmslide.ops import fixed_shift, merge_paths, slide_attention
+from mmslide.ops import check_backend, fixed_shift, merge_paths, slide_attention
 from mmslide.weights.layouts import fuse_slide_attention
 
+from .base import Attention
 
-class SlideAttention(BaseModule):
+
+@dataclass(eq=False, repr=False)
+class SlideAttention(Attention):
     """Slide Attention (CVPR 2023, arXiv 2304.04237, section 4): local attention over k×k deformed neighbours.
 
     Two paths shift keys and values, as the paper trains them: the fixed one, whose kernels pick one neighbour each, and
@@ -21,49 +25,34 @@ class SlideAttention(BaseModule):
     `switch_to_deploy` leaves the merged path alone, as parameters. Such a module also loads the two paths' weights.
 
     Args:
-        embed_dims: C of the map (B, H, W, C), divisible by num_heads.
         kernel_size: k, odd.
-        attn_drop_rate: dropout of the attention weights.
-        proj_drop_rate: dropout of the output.
         backend: of `mmslide.ops.slide_attention`; None lets the op choose.
 
-    Raises:
-        ValueError: embed_dims is not divisible by num_heads, or kernel_size is even.
+    The other arguments, and what is raised: see `Attention`.
     """
 
-    shift: Tensor
+    kernel_size: int = 3
+    _: KW_ONLY
+    backend: str | None = None
 
-    def __init__(
-        self,
-        embed_dims: int,
-        num_heads: int,
-        kernel_size: int = 3,
-        qkv_bias: bool = True,
-        attn_drop_rate: float = 0.0,
-        proj_drop_rate: float = 0.0,
-        backend: str | None = None,
-        init_cfg: dict | list[dict] | None = None,
-    ) -> None:
-        super().__init__(init_cfg)
-        if embed_dims % num_heads:
-            raise ValueError(f'embed_dims must be divisible by num_heads, got {embed_dims=}, {num_heads=}')
-        if kernel_size < 1 or kernel_size % 2 == 0:
-            raise ValueError(f'kernel_size must be a positive odd number, got {kernel_size=}')
-        head_dims, slots = embed_dims // num_heads, kernel_size**2
-        self.num_heads = num_heads
-        self.attn_drop_rate = attn_drop_rate
-        self.backend = backend
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_integer('kernel_size', self.kernel_size, odd=True)
+        check_backend('backend', self.backend)
+        embed_dims, kernel_size = self.embed_dims, self.kernel_size
+        head_dims, slots = embed_dims // self.num_heads, kernel_size**2
         self.deploy = False
 
-        self.qkv = nn.Linear(embed_dims, 3 * embed_dims, bias=qkv_bias)
+        self.qkv = nn.Linear(embed_dims, 3 * embed_dims, bias=self.qkv_bias)
         self.proj = nn.Linear(embed_dims, embed_dims)
-        self.proj_drop = nn.Dropout(proj_drop_rate)
+        self.proj_drop = nn.Dropout(self.proj_drop_rate)
         # A buffer, and not in a Conv2d, so that no init_cfg and no checkpoint can overwrite it: slot j picks tap j.
+        self.shift: Tensor
         self.register_buffer('shift', fixed_shift(kernel_size), persistent=False)
         self.shift_bias = nn.Parameter(torch.zeros(head_dims, slots))
         self.deform_weight = nn.Parameter(torch.zeros(head_dims, slots, kernel_size, kernel_size))
         self.deform_bias = nn.Parameter(torch.zeros(head_dims, slots))
-        self.relative_position_bias = nn.Parameter(torch.zeros(num_heads, slots))
+        self.relative_position_bias = nn.Parameter(torch.zeros(self.num_heads, slots))
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (y.unflatten(-1, (self.num_heads, -1)) for y in self._project(x))

@@ -1,46 +1,41 @@
+from dataclasses import KW_ONLY, dataclass, field
+
 import torch.nn.functional as F
 from mmcv.cnn import build_norm_layer
-from mmengine.model import BaseModule
 from torch import Tensor, nn
 
+from mmslide.models.arguments import check_integer
 
-class SubsampledAttention(BaseModule):
+from .base import Attention
+
+
+@dataclass(eq=False, repr=False)
+class SubsampledAttention(Attention):
     """Global attention to a subsampled map: PVT's spatial-reduction attention (ICCV 2021, arXiv 2102.12122, Eq. 1-3).
 
     Args:
-        embed_dims: C of the map (B, H, W, C), divisible by num_heads.
         sr_ratio: keys and values come from patches of sr_ratio × sr_ratio pixels; what does not fill one is cropped.
-        attn_drop_rate: dropout of the attention weights.
-        proj_drop_rate: dropout of the output.
+        norm_cfg: of the subsampled map.
 
-    Raises:
-        ValueError: embed_dims is not divisible by num_heads.
+    The other arguments, and what is raised: see `Attention`.
     """
 
-    def __init__(
-        self,
-        embed_dims: int,
-        num_heads: int,
-        sr_ratio: int = 1,
-        qkv_bias: bool = True,
-        attn_drop_rate: float = 0.0,
-        proj_drop_rate: float = 0.0,
-        norm_cfg: dict = dict(type='LN'),
-        init_cfg: dict | list[dict] | None = None,
-    ) -> None:
-        super().__init__(init_cfg)
-        if embed_dims % num_heads:
-            raise ValueError(f'embed_dims must be divisible by num_heads, got {embed_dims=}, {num_heads=}')
-        self.num_heads = num_heads
-        self.sr_ratio = sr_ratio
-        self.attn_drop_rate = attn_drop_rate
-        self.q = nn.Linear(embed_dims, embed_dims, bias=qkv_bias)
-        self.kv = nn.Linear(embed_dims, 2 * embed_dims, bias=qkv_bias)
-        self.proj = nn.Linear(embed_dims, embed_dims)
-        self.proj_drop = nn.Dropout(proj_drop_rate)
-        if sr_ratio > 1:
-            self.sr = nn.Conv2d(embed_dims, embed_dims, kernel_size=sr_ratio, stride=sr_ratio)
-            self.norm = build_norm_layer(norm_cfg, embed_dims)[1]
+    sr_ratio: int = 1
+    _: KW_ONLY
+    norm_cfg: dict = field(default_factory=lambda: dict(type='LN'))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_integer('sr_ratio', self.sr_ratio)
+        channels, ratio = self.embed_dims, self.sr_ratio
+        self.min_size = ratio
+        self.q = nn.Linear(channels, channels, bias=self.qkv_bias)
+        self.kv = nn.Linear(channels, 2 * channels, bias=self.qkv_bias)
+        self.proj = nn.Linear(channels, channels)
+        self.proj_drop = nn.Dropout(self.proj_drop_rate)
+        if ratio > 1:
+            self.sr = nn.Conv2d(channels, channels, kernel_size=ratio, stride=ratio)
+            self.norm = build_norm_layer(self.norm_cfg, channels)[1]
 
     def forward(self, x: Tensor) -> Tensor:
         batch, height, width, channels = x.shape

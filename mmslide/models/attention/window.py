@@ -1,40 +1,34 @@
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
-from mmengine.model import BaseModule
 from mmengine.model.weight_init import trunc_normal_
 from torch import Tensor, nn
 
+from mmslide.models.arguments import check_integer
 from mmslide.models.layers import pad_to_patches
 
+from .base import Attention
 
-class Windowed(BaseModule):
-    """What every attention in windows of window_size × window_size pixels shares.
 
-    Raises:
-        ValueError: embed_dims is not divisible by num_heads, or window_size is not positive.
+@dataclass(eq=False, repr=False)
+class WindowAttentionBase(Attention):
+    """What every attention in windows shares.
+
+    Args:
+        window_size: side of a window in pixels of the map.
+
+    The other arguments, and what is raised: see `Attention`.
     """
 
-    def __init__(
-        self,
-        embed_dims: int,
-        num_heads: int,
-        window_size: int,
-        qkv_bias: bool,
-        attn_drop_rate: float,
-        proj_drop_rate: float,
-        init_cfg: dict | list[dict] | None,
-    ) -> None:
-        super().__init__(init_cfg)
-        if embed_dims % num_heads:
-            raise ValueError(f'embed_dims must be divisible by num_heads, got {embed_dims=}, {num_heads=}')
-        if window_size < 1:
-            raise ValueError(f'window_size must be a positive number, got {window_size=}')
-        self.num_heads = num_heads
-        self.window_size = window_size
-        self.attn_drop_rate = attn_drop_rate
-        self.qkv = nn.Linear(embed_dims, 3 * embed_dims, bias=qkv_bias)
-        self.proj = nn.Linear(embed_dims, embed_dims)
-        self.proj_drop = nn.Dropout(proj_drop_rate)
+    window_size: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_integer('window_size', self.window_size)
+        self.qkv = nn.Linear(self.embed_dims, 3 * self.embed_dims, bias=self.qkv_bias)
+        self.proj = nn.Linear(self.embed_dims, self.embed_dims)
+        self.proj_drop = nn.Dropout(self.proj_drop_rate)
 
     def _grid(self, x: Tensor) -> tuple[int, int]:
         """How many rows and columns of windows cover (B, H, W, C); symbols if a dynamic size is exported."""
@@ -71,46 +65,33 @@ class Windowed(BaseModule):
         return out.transpose(1, 2).reshape(count, height, width, channels)
 
 
-class WindowAttention(Windowed):
+@dataclass(eq=False, repr=False)
+class WindowAttention(WindowAttentionBase):
     """Attention in (shifted) windows with a relative position bias: Swin (ICCV 2021, arXiv 2103.14030, section 3.2).
 
     A window that covers both axes of the map is neither shifted nor padded. Every other map is padded with zeros at its
     right and bottom to a multiple of the window; the padding is not masked, as in the host.
 
     Args:
-        embed_dims: C of the map (B, H, W, C), divisible by num_heads.
-        window_size: side of a window in pixels of the map.
-        shift_size: by how many pixels the windows are shifted; 0 for no shift.
-        attn_drop_rate: dropout of the attention weights.
-        proj_drop_rate: dropout of the output.
+        shift_size: by how many pixels the windows are shifted, less than window_size; 0 for no shift.
 
-    Raises:
-        ValueError: embed_dims is not divisible by num_heads, or shift_size is not in [0, window_size).
+    The other arguments, and what is raised: see `WindowAttentionBase`.
     """
 
-    relative_position_index: Tensor
+    shift_size: int = 0
 
-    def __init__(
-        self,
-        embed_dims: int,
-        num_heads: int,
-        window_size: int,
-        shift_size: int = 0,
-        qkv_bias: bool = True,
-        attn_drop_rate: float = 0.0,
-        proj_drop_rate: float = 0.0,
-        init_cfg: dict | list[dict] | None = None,
-    ) -> None:
-        super().__init__(embed_dims, num_heads, window_size, qkv_bias, attn_drop_rate, proj_drop_rate, init_cfg)
-        if not 0 <= shift_size < window_size:
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        window_size, shift_size = self.window_size, self.shift_size
+        if shift_size not in range(window_size):
             raise ValueError(f'shift_size must be in [0, window_size), got {shift_size=}, {window_size=}')
-        self.shift_size = shift_size
-        self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * window_size - 1) ** 2, num_heads))
+        self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * window_size - 1) ** 2, self.num_heads))
         trunc_normal_(self.relative_position_bias_table, std=0.02)
         offset = torch.arange(window_size)
         distance = offset[:, None] - offset[None, :] + window_size - 1  # query minus key, from 0
         index = distance[:, None, :, None] * (2 * window_size - 1) + distance[None, :, None, :]
-        self.register_buffer('relative_position_index', index, persistent=False)  # (query y, query x, key y, key x)
+        self.relative_position_index: Tensor  # (query y, query x, key y, key x)
+        self.register_buffer('relative_position_index', index, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[1:3]
