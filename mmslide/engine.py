@@ -71,7 +71,7 @@ def read_config(args: Namespace, *needed: str) -> Config:
 
     Raises:
         FileNotFoundError: there is no such config.
-        ValueError: it cannot be read, lacks something, or is in the work_dir; or see `merge_options`.
+        ValueError: it cannot be read or lacks something; or see `merge_options`.
     """
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     config = config_with_options(args.config, args.cfg_options)
@@ -81,8 +81,6 @@ def read_config(args: Namespace, *needed: str) -> Config:
             raise ValueError(f'config {args.config} has no {key}')
     if args.work_dir or 'work_dir' not in config:
         config.work_dir = args.work_dir or str(Path('work_dirs', Path(args.config).stem))
-    # Where mmengine writes the whole config, without its comments and _base_.
-    refuse_inputs(Path(config.work_dir, Path(config.filename).name), [config.filename])
     return config
 
 
@@ -137,9 +135,19 @@ def merge_options(config: Config, options: dict[str, Any]) -> None:
 
 def build_runner(config: Config) -> Runner:
     """mmengine's runner; on a machine without a GPU its processes talk through gloo."""
+    keep_config_file(config)
     if not torch.cuda.is_available() and config.launcher == 'pytorch':
         torch.distributed.init_process_group('gloo')
     return RUNNERS.build(config) if 'runner_type' in config else Runner.from_cfg(config)
+
+
+def keep_config_file(config: Config) -> None:
+    """In the work_dir mmengine writes the whole config, without comments and _base_, under the name of its file: under
+    the time instead, if that is the file itself.
+    """
+    path = Path(config.work_dir, Path(config.filename).name)
+    if path.exists() and path.samefile(config.filename):
+        object.__setattr__(config, '_filename', None)
 
 
 class _RunHook(Hook):

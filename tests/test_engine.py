@@ -3,6 +3,7 @@ import logging
 import re
 import shutil
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -94,12 +95,18 @@ def test_what_a_config_must_have(tmp_path):
     engine.read_config(args)
     with pytest.raises(ValueError, match=r'x\.py has no test_dataloader'):
         engine.read_config(args, 'test_dataloader')
-    args.work_dir = str(tmp_path)
-    with pytest.raises(ValueError, match=r'x\.py would overwrite the input'):
-        engine.read_config(args)
     (tmp_path / 'x.py').write_text('')
     with pytest.raises(ValueError, match=r'x\.py has no model'):
         engine.read_config(args)
+
+
+def test_a_config_in_the_work_dir_is_not_overwritten(read, tmp_path):
+    config = read(work_dir=str(tmp_path / 'w'))
+    engine.keep_config_file(config)
+    assert Path(config.filename).name == 'some_config.py'
+    config = read(work_dir=str(tmp_path))
+    engine.keep_config_file(config)
+    assert config.filename is None
 
 
 def test_options_are_pairs(capsys):

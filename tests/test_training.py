@@ -373,6 +373,7 @@ def test_a_training_that_diverges_stops_and_keeps_its_last_checkpoint(detection,
     assert 'weights are NaN or infinite' in message
     assert f'The last checkpoint with finite weights is {tmp_path}/epoch_1.pth' in message
     assert [path.name for path in tmp_path.glob('*.pth')] == ['epoch_1.pth']
+    assert 'DivergeHook' in config.read_text().splitlines()[-1]  # the config in the work_dir is as it was written
 
 
 def test_a_new_run_in_an_old_ones_folder_says_so(detector, detection, tmp_path):
