@@ -704,3 +704,25 @@ def test_tool_as_a_process(coco):
     assert code == 2
     assert output.count('error: /nowhere/annotations/instances_train2017.json, which train_dataloader') == 1
     assert 'Traceback' not in output
+
+
+@pytest.mark.parametrize(
+    ('segmentation', 'message'),
+    [
+        ([[1, 2, float('nan'), 3, 4, 5]], 'nan in its segmentation'),
+        (dict(size=[64, 64], counts='!!!'), 'segmentation that cannot be read'),
+        (dict(size=[64, 64]), "segmentation that cannot be read (KeyError: 'counts')"),
+        ('abc', "segmentation='abc', which is neither polygons nor run-length encoded"),
+    ],
+)
+def test_masks_that_end_training_in_a_traceback(segmentation, message, coco):
+    edit(coco, of_first(segmentation=segmentation))
+    told = [str(problem) for problem in problems(read(MASKS, coco))]
+    assert any(message in text and 'correct or remove it' in text for text in told)
+    assert problems(read(BOXES, coco)) == []
+
+
+def test_class_agnostic_heads_have_a_num_classes_of_their_own(coco):
+    config = read(MASKS, coco)
+    config.model.roi_head.mask_head.update(class_agnostic=True, num_classes=1)
+    assert problems(config) == []
