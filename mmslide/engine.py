@@ -182,8 +182,8 @@ def launch(runner: Runner, start: Callable[[], Any]) -> None:
         with exit_on(OSError, FloatingPointError):
             start()
     except Exception as error:
-        # mmcv's two ways not to read an image
-        unreadable = 'failed to load image' in str(error) or 'imdecode' in str(error)
+        # How mmcv and OpenCV fail to read an image.
+        unreadable = 'failed to load image' in str(error) or "in function 'imdecode_'" in str(error)
         if unreadable:
             error = OSError(f'an image cannot be read ({message(error)}): tools/check_data.py names all such files')
         elif hook.started:

@@ -398,6 +398,8 @@ FileNotFoundError: [Errno 2] No such file or directory: 'x.jpg'
         (FloatingPointError('loss is NaN'), True, 'loss is NaN'),
         (AssertionError(), False, 'AssertionError'),
         (KeyError('lr'), False, 'KeyError: lr'),
+        (RuntimeError("OpenCV: !buf.empty() in function 'imdecode_'"), True, 'an image cannot be read (OpenCV: !buf.e'),
+        (TypeError("unexpected argument 'imdecode_backnd'"), False, "unexpected argument 'imdecode_backnd'"),
         (
             AssertionError('failed to load image: x.jpg'),
             True,
