@@ -27,15 +27,23 @@ STAGES = range(4)
 class Backbone:
     cls: Callable[..., Any]
     row: dict  # of a mini model
-    round: Callable[[float], int]  # what becomes of a side that does not divide by the stride
+    side: Callable[[int, int], int]  # of the map at a stage, for an image of that side
     slides: Callable[[int], bool] = lambda index: True  # the blocks of a stage that Slide Attention can be put in
 
 
+def cropped(side, stage):
+    return side // 2 ** (stage + 2)
+
+
+def padded(side, stage):
+    return math.ceil(side / 2 ** (stage + 2))
+
+
 ZOO = [
-    Backbone(SlidePVT, SR_ROW, math.floor),
-    Backbone(SlideSwin, ROW, math.ceil),
-    Backbone(TwinsPCPVT, SR_ROW, math.floor),
-    Backbone(TwinsSVT, SR_ROW, math.floor, slides=lambda index: index % 2 == 0),
+    Backbone(SlidePVT, SR_ROW, cropped),
+    Backbone(SlideSwin, ROW, padded),
+    Backbone(TwinsPCPVT, SR_ROW, cropped),
+    Backbone(TwinsSVT, SR_ROW, cropped, slides=lambda index: index % 2 == 0),
 ]
 ARCHS = [(backbone, arch) for backbone in ZOO for arch in backbone.cls.variants]
 
@@ -88,7 +96,7 @@ def test_any_size_trains(backbone, size, slide_stages):
     model = mini(backbone, slide_stages=slide_stages, in_channels=4)
     outs = model(torch.randn(2, 4, *size))
     for stage, out in enumerate(outs):
-        assert out.shape == (2, DIMS[stage], *(backbone.round(side / 2 ** (stage + 2)) for side in size))
+        assert out.shape == (2, DIMS[stage], *(backbone.side(side, stage) for side in size))
         assert out.is_contiguous()
     sum(out.square().mean() for out in outs).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())

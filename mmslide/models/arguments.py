@@ -54,36 +54,50 @@ def per_stage(name: str, value: Any, count: int, *, odd: bool = False) -> tuple[
     return values
 
 
-def pick_arch(arch: Any, variants: Mapping[str, Mapping[str, Sequence[Any]]]) -> dict[str, Sequence[Any]]:
+FRACTIONS = {'mlp_ratios', 'layer_scales'}  # of an arch; all else is counted
+
+
+def pick_arch(
+    arch: Any, variants: Mapping[str, Mapping[str, Sequence[Any]]], optional: Mapping[str, Any]
+) -> dict[str, Sequence[Any]]:
     """The table row of a variant by name, or a row of the user's own with the same keys, checked.
 
     In a user's row one number stands for all stages, and for embed_dims it doubles from stage to stage.
+
+    Args:
+        optional: keys that a row may leave out, with the number that then stands for all stages. These may be 0.
 
     Raises:
         ValueError: the name is unknown, keys are missing or unknown, or the values do not fit together.
     """
     if isinstance(arch, str) and arch in variants:
-        return dict(variants[arch])
+        arch = variants[arch]
     if not isinstance(arch, Mapping):
         raise ValueError(f'arch must be one of {list(variants)} or a dict, got {arch=}')
-    keys = set(next(iter(variants.values())))
-    if set(arch) != keys:
-        raise ValueError(f'an arch dict must have the keys {sorted(keys)}, got {sorted(arch)}')
+    keys = set(next(iter(variants.values()))) - set(optional)
+    if set(arch) - set(optional) != keys:
+        allowed = f', and may have {sorted(optional)}' if optional else ''
+        raise ValueError(f'an arch dict must have the keys {sorted(keys)}{allowed}, got {sorted(arch)}')
     depths = arch['depths']
     if not isinstance(depths, Sequence) or not depths:
         raise ValueError(f'arch must give depths as a list with one number for each stage, got {depths=}')
     count = len(depths)
     row = {
         key: [value * 2**i if key == 'embed_dims' else value for i in range(count)] if _is_number(value) else value
-        for key, value in arch.items()
+        for key, value in {**optional, **arch}.items()
     }
     for key, value in row.items():
         if not isinstance(value, Sequence) or len(value) != count:
             raise ValueError(f'arch must give one value for each of its {count} stages, got {key}={value!r}')
-        valid = all(_is_number(x) and x > 0 if key == 'mlp_ratios' else _is_positive_integer(x) for x in value)
+        valid = all(
+            (_is_number(x) if key in FRACTIONS else _is_integer(x)) and (x > 0 or (x == 0 and key in optional))
+            for x in value
+        )
         if not valid:
-            what = 'numbers' if key == 'mlp_ratios' else 'integers'
-            raise ValueError(f'arch must have positive {what} alone, got {key}={value!r}')
+            what = (
+                f'{"non-negative" if key in optional else "positive"} {"numbers" if key in FRACTIONS else "integers"}'
+            )
+            raise ValueError(f'arch must have {what} alone, got {key}={value!r}')
     for embed_dims, num_heads in zip(row['embed_dims'], row['num_heads'], strict=True):
         check_heads(embed_dims, num_heads)
     return row
@@ -93,5 +107,9 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def _is_positive_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return _is_integer(value) and value > 0

@@ -1,6 +1,7 @@
 import torch.nn.functional as F
 from mmcv.cnn import build_norm_layer
 from mmcv.cnn.bricks import DropPath
+from mmcv.cnn.bricks.scale import LayerScale
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
@@ -37,6 +38,33 @@ class PatchEmbed(BaseModule):
         return self.drop(self.embed(x))
 
 
+class OverlappedPatchEmbed(BaseModule):
+    """Overlapping patches, embedded by a convolution on the zero-padded map and normed, with dropout.
+
+    (B, H, W, in_channels) to (B, ⌊(H + 2 padding - kernel_size) / stride⌋ + 1, likewise, embed_dims).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        embed_dims: int,
+        kernel_size: int,
+        stride: int,
+        padding: int,
+        norm_cfg: dict,
+        bias: bool = True,
+        drop_rate: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.stride = stride
+        self.projection = nn.Conv2d(in_channels, embed_dims, kernel_size, stride, padding, bias=bias)
+        self.norm = build_norm_layer(norm_cfg, embed_dims)[1]
+        self.drop = nn.Dropout(drop_rate)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(self.norm(self.projection(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)))
+
+
 class PatchMerging(BaseModule):
     """Swin's downsampling (arXiv 2103.14030, section 3.1): (B, H, W, C) to (B, ⌈H/2⌉, ⌈W/2⌉, out_channels).
 
@@ -63,6 +91,8 @@ class Block(BaseModule):
         mixer: attention on (B, H, W, C).
         mlp: called with the map and the norm that comes before it, see `MLP`.
         drop_path_rate: probability with which each of the two branches is dropped, drawn once a branch and image.
+        layer_scale: initial value of the learned factor of each branch and channel (arXiv 2103.17239, section 2.1); 0
+            for no such factor.
     """
 
     def __init__(
@@ -72,6 +102,7 @@ class Block(BaseModule):
         embed_dims: int,
         drop_path_rate: float = 0.0,
         norm_cfg: dict = dict(type='LN'),
+        layer_scale: float = 0.0,
     ) -> None:
         super().__init__()
         self.norm1 = build_norm_layer(norm_cfg, embed_dims)[1]
@@ -79,10 +110,13 @@ class Block(BaseModule):
         self.drop_path = DropPath(drop_path_rate)
         self.norm2 = build_norm_layer(norm_cfg, embed_dims)[1]
         self.ffn = mlp
+        self.scale1, self.scale2 = (
+            LayerScale(embed_dims, scale=layer_scale) if layer_scale else nn.Identity() for _ in range(2)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        return x + self.drop_path(self.ffn(x, self.norm2))
+        x = x + self.drop_path(self.scale1(self.attn(self.norm1(x))))
+        return x + self.drop_path(self.scale2(self.ffn(x, self.norm2)))
 
 
 def pad_to_patches(x: Tensor, size: int) -> Tensor:

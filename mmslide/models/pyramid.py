@@ -21,7 +21,7 @@ from .layers import Block
 from .mlp import MLP
 
 Arch = str | Mapping[str, Any]
-Variants = Mapping[str, Mapping[str, Sequence[int]]]
+Variants = Mapping[str, Mapping[str, Sequence[int | float]]]
 StageNorm = Literal['next', 'output'] | None
 
 
@@ -56,8 +56,9 @@ class Stage(BaseModule):
 class Pyramid(BaseModule):
     """A hierarchical backbone: images (B, in_channels, H, W) to one map (B, C, H / stride, W / stride) a stage.
 
-    A host is a dataclass of this one: `variants` is its table, its fields are the arguments of its own and the defaults
-    that differ, and it overrides `build_embedding` and `build_mixer`, and others of the methods where it differs.
+    A host is a dataclass of this one: `variants` is its table (`optional` has the keys that a row may leave out, with
+    what stands for them), its fields are the arguments of its own and the defaults that differ, and it overrides
+    `build_embedding` and `build_mixer`, and others of the methods where it differs.
 
     Args:
         arch: a variant of the table by name, or a dict with the table's keys and a list with one value a stage for
@@ -88,6 +89,7 @@ class Pyramid(BaseModule):
     """
 
     variants: ClassVar[Variants]
+    optional: ClassVar[Mapping[str, float]] = {}
 
     arch: Arch
     _: KW_ONLY
@@ -109,7 +111,7 @@ class Pyramid(BaseModule):
 
     def __post_init__(self) -> None:
         super().__init__(self.init_cfg or dict(type='TruncNormal', layer='Linear', std=0.02, bias=0.0))
-        self.row = pick_arch(self.arch, self.variants)
+        self.row = pick_arch(self.arch, self.variants, self.optional)
         self.check_arguments()
         depths = self.row['depths']
         rates = iter(torch.linspace(0, self.drop_path_rate, sum(depths), device='cpu').tolist())
@@ -180,7 +182,14 @@ class Pyramid(BaseModule):
             mixer = SlideAttention(kernel_size=self.kernel_sizes[stage], backend=self.attn_backend, **shared)
         else:
             mixer = self.build_mixer(stage, index, **shared)
-        return Block(mixer, self.build_mlp(stage, embed_dims), embed_dims, drop_path_rate, self.norm_cfg)
+        return Block(
+            mixer,
+            self.build_mlp(stage, embed_dims),
+            embed_dims,
+            drop_path_rate,
+            self.norm_cfg,
+            layer_scale=self.row['layer_scales'][stage] if 'layer_scales' in self.row else 0.0,
+        )
 
     def _build_stage(self, stage: int, blocks: Sequence[nn.Module]) -> Stage:
         dims = self.row['embed_dims']
