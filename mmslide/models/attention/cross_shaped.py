@@ -1,7 +1,6 @@
 from dataclasses import dataclass
 
 import torch
-
 import torch.nn.functional as F
 from mmengine.model import ModuleList
 from torch import Tensor, nn
