@@ -15,6 +15,7 @@ from helpers import (
     relative_error,
 )
 
+from mmslide.flops import count_macs
 from mmslide.models import SlideCSWin
 from mmslide.models.attention import CrossShapedWindowAttention
 from mmslide.weights.layouts import to_mmslide
@@ -150,6 +151,16 @@ def test_the_mixer_in_every_dtype(dtype, tolerance, split_size):
     assert relative_error(out, attention.double()(x.double())) < tolerance
 
 
+@pytest.mark.slow
+def test_the_mixer_with_sizes_known_at_run_time_only():
+    attention = randomize(CrossShapedWindowAttention(16, 2, 7))
+    torch.compiler.reset()
+    compiled = torch.compile(attention, backend='aot_eager', dynamic=True, fullgraph=True)
+    for size in ((22, 37), (16, 31)):
+        x = torch.randn(2, *size, 16)
+        assert relative_error(compiled(x), attention(x)) < 1e-5
+
+
 def test_dropout_of_the_attention_weights():
     attention = CrossShapedWindowAttention(8, 2, 2, attn_drop_rate=0.999999)
     x = torch.randn(1, 4, 4, 8)
@@ -183,3 +194,30 @@ def test_the_last_stage_of_every_arch_attends_to_its_whole_map():
     # Without it, the last one that is built keeps its strips.
     model = SlideCSWin(row, slide_stages=(), out_indices=(1,))
     assert model.stages[-1].blocks[0].attn.split_size == 3
+
+
+@pytest.mark.parametrize(
+    ('arch', 'slide_stages', 'params', 'macs', 'backbone_macs'),
+    [
+        ('tiny', (), 22.32, 4.32, (109.7, 118.2)),
+        ('small', (), 34.64, 6.80, (173.6, 187.1)),
+        ('base', (), 77.38, 14.96, (357.4, 380.1)),
+        ('tiny', (0, 1), 22.33, 4.35, None),
+        ('small', (0, 1), 34.66, 6.85, None),
+        ('base', (0, 1), 77.39, 15.03, None),
+    ],
+)
+def test_parameters_and_flops_of_the_archs(arch, slide_stages, params, macs, backbone_macs):
+    """Of the classifier at 224 px, in 10⁶ and 10⁹; of the backbone alone at 800×1280 and 512×2048."""
+    with torch.device('meta'):
+        model = SlideCSWin(arch, slide_stages=slide_stages, stage_norm=None).eval()
+    dims = model.row['embed_dims'][-1]
+    classifier = 2 * dims + 1000 * (dims + 1)
+    assert (sum(p.numel() for p in model.parameters()) + classifier) / 1e6 == pytest.approx(params, abs=0.005)
+
+    def count(*size):
+        return count_macs(model, torch.empty(1, 3, *size, device='meta'))[1]
+
+    assert (count(224, 224) + 1000 * dims) / 1e9 == pytest.approx(macs, abs=0.005)
+    if backbone_macs:
+        assert [count(800, 1280) / 1e9, count(512, 2048) / 1e9] == pytest.approx(backbone_macs, abs=0.051)

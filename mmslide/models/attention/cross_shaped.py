@@ -46,41 +46,51 @@ class CrossShapedWindowAttention(Attention):
         self.proj_drop = nn.Dropout(self.proj_drop_rate)
 
     def forward(self, x: Tensor) -> Tensor:
-        parts = self.qkv(x).chunk(3 * self.branches, dim=-1)  # q, k, v, of each the halves of its channels
+        parts = self.qkv(x).chunk(3 * self.branches, dim=-1)  # q, k and v, each of them a part for each branch
         if self.split_size is None:
-            out = self._attend(*parts, self.lepe[0])
+            out = self._attend(*parts) + self._encode(self.lepe[0], parts[-1])
         else:
-            out = torch.cat(
-                [
-                    self._attend_in_strips(*parts[0::2], self.lepe[0], axis=2),
-                    self._attend_in_strips(*parts[1::2], self.lepe[1], axis=1),
-                ],
-                dim=-1,
-            )
+            vertical = self._attend_in_strips(*parts[0::2], self.lepe[0], self.split_size, axis=2)
+            horizontal = self._attend_in_strips(*parts[1::2], self.lepe[1], self.split_size, axis=1)
+            out = torch.cat([vertical, horizontal], dim=-1)
         return self.proj_drop(self.proj(out))
 
-    def _attend_in_strips(self, q: Tensor, k: Tensor, v: Tensor, lepe: nn.Module, axis: int) -> Tensor:
-        """Attention inside the strips that split an axis of maps (B, H, W, c)."""
-        size, side = self.split_size, q.shape[axis]
+    def _attend_in_strips(self, q: Tensor, k: Tensor, v: Tensor, lepe: nn.Module, size: int, axis: int) -> Tensor:
+        """One branch on maps (B, H, W, c), whose strips follow each other along an axis."""
+        batch, side = len(q), q.shape[axis]
         count = (side + size - 1) // size
         padding = count * size - side
-        start = padding // 2
+        before = (size - 1 - (side - 1) % size) // 2  # padding // 2, of what is positive: ONNX would round towards zero
         fits = is_true(padding == 0)
+        if not fits:
+            q, k, v = (F.pad(x, (*(0, 0) * (3 - axis), before, padding - before)) for x in (q, k, v))
+        q, k, v = (x.unflatten(axis, (count, size)).movedim(axis, 1) for x in (q, k, v))
+        strips = [x.flatten(0, 1) for x in (q, k, v)]
+        attended = self._attend(*strips)
+        if isinstance(count, torch.SymInt):
+            out = attended.unflatten(0, (batch, count)) + self._encode_apart(lepe, v, axis)
+        else:
+            out = (attended + self._encode(lepe, strips[-1])).unflatten(0, (batch, count))
+        out = out.movedim(1, axis).flatten(axis, axis + 1)
+        return out if fits else out.narrow(axis, before, side)
 
-        def strips(x: Tensor) -> Tensor:
-            """To (B · strips, h, w, c)."""
-            if not fits:
-                x = F.pad(x, (0, 0) * (3 - axis) + (start, padding - start))
-            return x.unflatten(axis, (count, size)).movedim(axis, 1).flatten(0, 1)
-
-        out = self._attend(strips(q), strips(k), strips(v), lepe)
-        out = out.unflatten(0, (len(q), count)).movedim(1, axis).flatten(axis, axis + 1)
-        return out if fits else out.narrow(axis, start, side)
-
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, lepe: nn.Module) -> Tensor:
-        """Attention among all pixels of each map (N, h, w, c), plus the values' positional encoding."""
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention among all pixels of each map (N, h, w, c)."""
         heads = self.num_heads // self.branches
         queries, keys, values = (x.flatten(1, 2).unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
         dropout_p = self.attn_drop_rate if self.training else 0.0
         out = F.scaled_dot_product_attention(queries, keys, values, dropout_p=dropout_p)
-        return out.transpose(1, 2).reshape(q.shape) + lepe(v.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return out.transpose(1, 2).reshape(q.shape)
+
+    def _encode(self, lepe: nn.Module, v: Tensor) -> Tensor:
+        return lepe(v.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+    def _encode_apart(self, lepe: nn.Module, v: Tensor, axis: int) -> Tensor:
+        """`_encode` for each of the strips (B, n, h, w, c), as one map with a line of zeros after each strip.
+
+        For sizes known at run time only: PyTorch would export strips in the batch for either one or several of them.
+        """
+        apart = F.pad(v, (*(0, 0) * (3 - axis), 0, 1)).movedim(1, axis)
+        count, size = apart.shape[axis : axis + 2]
+        out = self._encode(lepe, apart.flatten(axis, axis + 1)).unflatten(axis, (count, size))
+        return out.narrow(axis + 1, 0, size - 1).movedim(axis, 1)
