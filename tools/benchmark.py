@@ -75,7 +75,7 @@ def parse_args() -> argparse.Namespace:
     maps.add_argument('--kernel-size', type=int, default=3)
     op = commands.add_parser('op', parents=[common, plot, maps], help='Slide Attention alone')
     op.add_argument('--baseline', default='two-path', help='two-path, im2col, flex or a backend; default: %(default)s')
-    backbone = commands.add_parser('backbone', parents=[common, plot], help="beside mmdet's and mmseg's")
+    backbone = commands.add_parser('backbone', parents=[common, plot], help="beside mmdet's, mmseg's or a plain one")
     backbone.add_argument('names', nargs='*', choices=[[], *BACKBONES], help='default: all')
     onnx = commands.add_parser('onnx', parents=[measuring, maps], help='fused beside two-path, in onnxruntime')
     onnx.add_argument('--mlp-ratio', type=float, default=0, help='of a transformer block; default: attention alone')
