@@ -9,7 +9,13 @@ from helpers import randomize, relative_error
 from mmengine.analysis import get_model_complexity_info
 from test_zoo import EVERY
 
-from mmslide.models.attention import LocallyGroupedAttention, SlideAttention, SubsampledAttention, WindowAttention
+from mmslide.models.attention import (
+    LocallyGroupedAttention,
+    PooledAttention,
+    SlideAttention,
+    SubsampledAttention,
+    WindowAttention,
+)
 
 SIZE = 64, 100  # the second maps are larger than a window, and do not divide by one
 
@@ -60,9 +66,10 @@ def test_compiled_backbones(backbone, precision):
         SlideAttention(12, 2),  # tap-wise, since native takes no heads of 6 channels
         LocallyGroupedAttention(16, 2, 7),
         SubsampledAttention(16, 2, 2),
+        PooledAttention(16, 2, 7),
         WindowAttention(16, 2, 7, 3),
     ],
-    ids=['slide', 'slide tap-wise', 'locally grouped', 'subsampled', 'window'],
+    ids=['slide', 'slide tap-wise', 'locally grouped', 'subsampled', 'pooled', 'window'],
 )
 def test_compiled_mixers(mixer):
     mixer = randomize(copy.deepcopy(mixer))

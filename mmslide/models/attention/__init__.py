@@ -2,7 +2,7 @@
 
 from .locally_grouped import LocallyGroupedAttention
 from .slide import SlideAttention
-from .subsampled import SubsampledAttention
+from .subsampled import PooledAttention, SubsampledAttention
 from .window import WindowAttention
 
-__all__ = ['LocallyGroupedAttention', 'SlideAttention', 'SubsampledAttention', 'WindowAttention']
+__all__ = ['LocallyGroupedAttention', 'PooledAttention', 'SlideAttention', 'SubsampledAttention', 'WindowAttention']
