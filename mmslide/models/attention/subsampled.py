@@ -1,5 +1,6 @@
 from dataclasses import KW_ONLY, dataclass, field
 
+import torch
 import torch.nn.functional as F
 from mmcv.cnn import build_norm_layer
 from torch import Tensor, nn
@@ -35,12 +36,29 @@ class SubsampledAttentionBase(Attention):
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        batch, height, width, channels = x.shape
-        q = self.q(x).flatten(1, 2).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        kv = self.kv(self.subsample(x))
-        k, v = kv.flatten(1, 2).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        out = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop_rate if self.training else 0.0)
-        return self.proj_drop(self.proj(out.transpose(1, 2).reshape(batch, height, width, channels)))
+        q = self.q(x).flatten(1, 2).unflatten(-1, (self.num_heads, -1))
+        kv = self.kv(self.subsample(x)).flatten(1, 2).unflatten(-1, (2, self.num_heads, -1))
+        parts = query_parts(q)
+        if parts > 1:
+            q = q.unflatten(1, (parts, -1)).flatten(0, 1)
+            kv = kv.unsqueeze(1).expand(-1, parts, -1, -1, -1, -1).flatten(0, 1)
+        k, v = kv.permute(2, 0, 3, 1, 4)
+        dropout_p = self.attn_drop_rate if self.training else 0.0
+        out = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, dropout_p=dropout_p)
+        return self.proj_drop(self.proj(out.transpose(1, 2).reshape(x.shape)))
+
+
+def query_parts(q: Tensor) -> int:
+    """Into how many parts the queries (B, N, heads, d) are split, which then stand beside each other as images.
+
+    On a CPU the backward of scaled_dot_product_attention gives each image and head to one thread; where there are fewer
+    than threads, it is many times slower.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or q.device.type != 'cpu' or not q.requires_grad:
+        return 1
+    batch, count, heads, _ = q.shape
+    least = -(-torch.get_num_threads() // max(1, batch * heads))
+    return next((parts for parts in range(least, 8 * least) if count % parts == 0), 1)
 
 
 @dataclass(eq=False, repr=False)
@@ -86,5 +104,22 @@ class PooledAttention(SubsampledAttentionBase):
         self.norm = build_norm_layer(self.norm_cfg, self.embed_dims)[1]
 
     def subsample(self, x: Tensor) -> Tensor:
-        pooled = F.adaptive_avg_pool2d(x.permute(0, 3, 1, 2), self.pool_size)
-        return F.gelu(self.norm(self.sr(pooled).permute(0, 2, 3, 1)))
+        pooled = average_pool(x, self.pool_size)
+        return F.gelu(self.norm(self.sr(pooled.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)))
+
+
+def average_pool(x: Tensor, size: int) -> Tensor:
+    """Adaptive average pooling of a map (B, H, W, C) to (B, size, size, C)."""
+    if not any(isinstance(side, torch.SymInt) for side in x.shape[1:3]):
+        return F.adaptive_avg_pool2d(x.permute(0, 3, 1, 2), size).permute(0, 2, 3, 1)
+    # For sizes known at run time only, as products: PyTorch's own decomposition would keep the windows of the traced size.
+    rows, columns = (_pool_weights(side, size, x) for side in x.shape[1:3])
+    return columns @ (rows @ x.flatten(2)).unflatten(-1, x.shape[2:])
+
+
+def _pool_weights(side: int, size: int, x: Tensor) -> Tensor:
+    """What each of `side` pixels adds to each of `size` means: (size, side)."""
+    index, position = (torch.arange(count, device=x.device) for count in (size, side))
+    start, end = index * side // size, ((index + 1) * side + size - 1) // size
+    inside = (position >= start[:, None]) & (position < end[:, None])
+    return inside.to(x.dtype) / (end - start)[:, None].to(x.dtype)
