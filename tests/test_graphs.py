@@ -9,7 +9,13 @@ from helpers import randomize, relative_error
 from mmengine.analysis import get_model_complexity_info
 from test_zoo import EVERY
 
-from mmslide.models.attention import LocallyGroupedAttention, SlideAttention, SubsampledAttention, WindowAttention
+from mmslide.models.attention import (
+    LocallyGroupedAttention,
+    NeighborhoodAttention,
+    SlideAttention,
+    SubsampledAttention,
+    WindowAttention,
+)
 
 SIZE = 64, 100  # the second maps are larger than a window, and do not divide by one
 
@@ -61,8 +67,9 @@ def test_compiled_backbones(backbone, precision):
         LocallyGroupedAttention(16, 2, 7),
         SubsampledAttention(16, 2, 2),
         WindowAttention(16, 2, 7, 3),
+        NeighborhoodAttention(16, 2, 7),
     ],
-    ids=['slide', 'slide tap-wise', 'locally grouped', 'subsampled', 'window'],
+    ids=['slide', 'slide tap-wise', 'locally grouped', 'subsampled', 'window', 'neighborhood'],
 )
 def test_compiled_mixers(mixer):
     mixer = randomize(copy.deepcopy(mixer))
