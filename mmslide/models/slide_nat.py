@@ -1,5 +1,6 @@
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from mmcv.cnn import build_norm_layer
@@ -34,15 +35,15 @@ class SlideNAT(Pyramid):
     ⌈n/4⌉ after the stem, then ⌈n/2⌉ from stage to stage.
 
     Args:
-        arch: 'mini', 'tiny', 'small', 'base', or a dict with embed_dims, depths, num_heads, mlp_ratios, and layer_scales
-            (initial value of the learned factor of each branch and channel), 0 or left out for none.
+        arch: 'mini', 'tiny', 'small', 'base', or a dict with embed_dims, depths, num_heads, mlp_ratios, and with
+            layer_scales (initial value of the learned factor of each branch and channel), 0 or left out for none.
         window_size: of neighborhood attention, odd, in pixels of the stage's map, one number or one a stage.
 
     The other arguments, and what is raised: see `Pyramid`.
     """
 
     variants = VARIANTS
-    optional = {'layer_scales': 0.0}
+    optional = MappingProxyType({'layer_scales': 0.0})
 
     arch: Arch = 'mini'
     _: KW_ONLY

@@ -345,7 +345,7 @@ class _Region:
         return logits.softmax(-1)
 
     def spread(self, slots: Tensor) -> Tensor:
-        """Numbers for the slots of the queries' windows, (tiles, queries, k²), to (tiles, queries, keys), zeros outside."""
+        """Numbers for the slots of each query's window, (tiles, queries, k²), to (tiles, queries, keys)."""
         rows, columns = (
             torch.tensor(run.windows)[:, None] + torch.arange(run.kernel_size) for run in (self.rows, self.columns)
         )  # (size, k)
