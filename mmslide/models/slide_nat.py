@@ -12,10 +12,10 @@ from mmslide.registry import MODELS
 from .arguments import per_stage
 from .attention import NeighborhoodAttention
 from .layers import OverlappedPatchEmbed
-from .pyramid import Arch, Pyramid, StageNorm
+from .pyramid import Arch, Pyramid, StageNorm, Variants
 
 SCALED = dict(depths=(3, 4, 18, 5), mlp_ratios=(2, 2, 2, 2), layer_scales=(1e-5, 1e-5, 1e-5, 1e-5))
-VARIANTS = {
+VARIANTS: Variants = {
     'mini': dict(embed_dims=(64, 128, 256, 512), depths=(3, 4, 6, 5), num_heads=(2, 4, 8, 16), mlp_ratios=(3, 3, 3, 3)),
     'tiny': dict(
         embed_dims=(64, 128, 256, 512), depths=(3, 4, 18, 5), num_heads=(2, 4, 8, 16), mlp_ratios=(3, 3, 3, 3)
