@@ -5,6 +5,7 @@ import torch
 from helpers import relative_error
 from torch.fx.experimental import _config as symbolic_shapes_config
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from mmslide.benchmark import Side, measure
 from mmslide.ops import neighborhood, neighborhood_attention
@@ -195,6 +196,14 @@ def test_checkpointed():
 def test_the_operator_is_registered_as_it_should_be():
     args = arguments(1, 9, 11, 2, 4, 7)
     torch.library.opcheck(neighborhood.custom_op, (*args, 0.3, None))
+
+
+def test_multiply_adds_of_training():
+    """Backward has two products for each one of forward; nothing counts for what a tile masks or computes again."""
+    args = arguments(2, 9, 11, 2, 4, 7)
+    with FlopCounterMode(display=False) as counter:
+        neighborhood_attention(*args).sum().backward()
+    assert counter.get_total_flops() == 3 * 2 * 2 * 49 * args[0].numel()
 
 
 class Attention(torch.nn.Module):
