@@ -148,6 +148,14 @@ def test_windows_for_each_stage():
     assert [out.shape[-1] for out in outputs(model, torch.randn(1, 3, 64, 64))] == [16, 8, 4, 2]
 
 
+def test_zero_sum_patches_reach_the_stems_first_convolution():
+    model = SlideNAT(SMALL, init_cfg=dict(type='mmslide.ZeroSumPatches', std=0.3))
+    model.init_weights()
+    first, second = model.stages[0].embed.projection
+    assert first.weight.sum((2, 3)).abs().max() < 1e-5
+    assert second.weight.sum((2, 3)).abs().max() > 1e-2
+
+
 def test_slide_attention_trains():
     torch.manual_seed(1)
     model = randomize(SlideNAT(SCALED, drop_path_rate=0.1))
