@@ -12,6 +12,8 @@ from test_zoo import EVERY
 from mmslide.models.attention import (
     CrossShapedWindowAttention,
     LocallyGroupedAttention,
+    NeighborhoodAttention,
+    PooledAttention,
     SlideAttention,
     SubsampledAttention,
     WindowAttention,
@@ -69,10 +71,21 @@ def test_compiled_backbones(backbone, precision):
         SlideAttention(12, 2),  # tap-wise, since native takes no heads of 6 channels
         LocallyGroupedAttention(16, 2, 7),
         SubsampledAttention(16, 2, 2),
+        PooledAttention(16, 2, 7),
         WindowAttention(16, 2, 7, 3),
         CrossShapedWindowAttention(16, 2, 5),
+        NeighborhoodAttention(16, 2, 7),
     ],
-    ids=['slide', 'slide tap-wise', 'locally grouped', 'subsampled', 'window', 'cross-shaped'],
+    ids=[
+        'slide',
+        'slide tap-wise',
+        'locally grouped',
+        'subsampled',
+        'pooled',
+        'window',
+        'cross-shaped',
+        'neighborhood',
+    ],
 )
 def test_compiled_mixers(mixer):
     mixer = randomize(copy.deepcopy(mixer))

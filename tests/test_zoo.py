@@ -14,7 +14,7 @@ from mmcv.cnn.bricks import DropPath
 from torch import nn
 
 from mmslide.deploy import fuse
-from mmslide.models import SlideCSWin, SlidePVT, SlideSwin, TwinsPCPVT, TwinsSVT
+from mmslide.models import SlideCSWin, SlideNAT, SlidePVT, SlidePVTv2, SlideSwin, TwinsPCPVT, TwinsSVT
 from mmslide.models.attention import SlideAttention
 
 DIMS, DEPTHS = (16, 32, 48, 64), (1, 2, 3, 2)
@@ -47,10 +47,12 @@ def strided(side, stage):
 
 ZOO = [
     Backbone(SlidePVT, SR_ROW, cropped),
+    Backbone(SlidePVTv2, SR_ROW, padded),
     Backbone(SlideSwin, ROW, padded),
     Backbone(SlideCSWin, STRIP_ROW, strided),
     Backbone(TwinsPCPVT, SR_ROW, cropped),
     Backbone(TwinsSVT, SR_ROW, cropped, slides=lambda index: index % 2 == 0),
+    Backbone(SlideNAT, ROW, padded),
 ]
 ARCHS = [(backbone, arch) for backbone in ZOO for arch in backbone.cls.variants]
 
@@ -287,7 +289,7 @@ def test_arguments_have_names_that_tools_see(backbone):
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
-        (dict(arch='huge'), r"arch must be one of \[.*'small'.*\] or a dict, got arch='huge'"),
+        (dict(arch='huge'), r"arch must be one of \['.*'\] or a dict, got arch='huge'"),
         (dict(arch=None), r'arch must be one of .* or a dict, got arch=None'),
         (dict(arch=dict(embed_dims=(8,))), r'an arch dict must have the keys'),
         (dict(in_channels=0), r'in_channels must be a positive integer, got in_channels=0'),

@@ -2,13 +2,16 @@
 
 from .cross_shaped import CrossShapedWindowAttention
 from .locally_grouped import LocallyGroupedAttention
+from .neighborhood import NeighborhoodAttention
 from .slide import SlideAttention
-from .subsampled import SubsampledAttention
+from .subsampled import PooledAttention, SubsampledAttention
 from .window import WindowAttention
 
 __all__ = [
     'CrossShapedWindowAttention',
     'LocallyGroupedAttention',
+    'NeighborhoodAttention',
+    'PooledAttention',
     'SlideAttention',
     'SubsampledAttention',
     'WindowAttention',
