@@ -42,18 +42,43 @@ inline Vec exp_of_negative(Vec x) {
   return result * scale;
 }
 
+#if __has_builtin(__builtin_shufflevector)
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else  // GCC before 12
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, IntVec{__VA_ARGS__})
+#endif
+
+inline Vec pair_sums(Vec a, Vec b) {
+  return SHUFFLE(a, b, 0, 2, 8, 10, 4, 6, 12, 14) + SHUFFLE(a, b, 1, 3, 9, 11, 5, 7, 13, 15);
+}
+
+// The sum of each of eight vectors.
+inline Vec sums(const Vec* x) {
+  const Vec first = pair_sums(pair_sums(x[0], x[1]), pair_sums(x[2], x[3]));
+  const Vec last = pair_sums(pair_sums(x[4], x[5]), pair_sums(x[6], x[7]));
+  return SHUFFLE(first, last, 0, 1, 2, 3, 8, 9, 10, 11) + SHUFFLE(first, last, 4, 5, 6, 7, 12, 13, 14, 15);
+}
+
 // Slots as whole vectors.
 constexpr int padded(int slots) { return (slots + LANES - 1) / LANES * LANES; }
 
-// In place, of `slots` logits in memory for padded(slots).
+// In place, of `slots` logits in memory for padded(slots). NaN in one makes all NaN.
 inline void softmax(float* x, int slots) {
-  float most = -INFINITY, total = 0;
-  for (int j = 0; j < slots; ++j)
-    if (!(x[j] <= most)) most = x[j];
-  for (int j = slots; j < padded(slots); ++j) x[j] = most;
-  for (int j = 0; j < padded(slots); j += LANES) store(x + j, exp_of_negative(load(x + j) - most));
-  for (int j = 0; j < slots; ++j) total += x[j];
-  for (int j = 0; j < slots; ++j) x[j] /= total;
+  for (int j = slots; j < padded(slots); ++j) x[j] = -INFINITY;
+  Vec most = load(x), total = {};
+  for (int j = LANES; j < padded(slots); j += LANES) {
+    const Vec part = load(x + j);
+    most = part > most ? part : most;
+  }
+  float largest = most[0];
+  for (int j = 1; j < LANES; ++j) largest = most[j] > largest ? most[j] : largest;
+  for (int j = 0; j < padded(slots); j += LANES) {
+    const Vec part = exp_of_negative(load(x + j) - largest);
+    total += part;
+    store(x + j, part);
+  }
+  const Vec factor = all(1 / sum(total));
+  for (int j = 0; j < padded(slots); j += LANES) store(x + j, load(x + j) * factor);
 }
 
 }  // namespace
@@ -238,15 +263,16 @@ struct NeighborhoodPixel {
       }
   }
 
-  // Σ_c x_c · map_c for each slot, a row of the window at a time.
-  void products(const float* x, const float* const* map, float* sums) const {
+  // Σ_c x_c · map_c for each slot, in memory for padded(SLOTS): a row of the window at a time, and what is written too
+  // much, the next row overwrites.
+  void products(const float* x, const float* const* map, float* out) const {
     for (int i = 0; i < SLOTS; i += K) {
-      Vec sum_of[K] = {};
+      Vec sum_of[LANES] = {};
       for (int64_t c = 0; c < chunks * LANES; c += LANES) {
         const Vec part = load(x + c);
         for (int j = 0; j < K; ++j) sum_of[j] += part * load(map[i + j] + c);
       }
-      for (int j = 0; j < K; ++j) sums[i + j] = sum(sum_of[j]);
+      store(out + i, sums(sum_of));
     }
   }
 
