@@ -17,7 +17,8 @@ def neighborhood_attention(
     """Neighborhood attention with a relative position bias (CVPR 2023, arXiv 2204.07143, section 3.1).
 
     On an axis of length n, query i attends to the k positions from min(max(i - ⌊k/2⌋, 0), n - k) on: at the border the
-    window is moved inside.
+    window is moved inside. Float32 on a CPU takes compiled kernels where they are, everything else is done in tiles; in
+    neither are windows gathered. Export gives operations of PyTorch's alone.
 
     Args:
         q, k, v: (B, H, W, heads, d), one floating-point dtype, H and W at least k.
