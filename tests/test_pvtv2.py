@@ -211,7 +211,7 @@ def test_norms_have_the_authors_eps():
 
 def test_init():
     model = small(dict(SMALL, embed_dims=(32, 64, 128, 256), num_heads=1, pool_sizes=(0, 0, 7, 7)))
-    randomize(model).init_weights()
+    model.init_weights()
     counts = {}
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
