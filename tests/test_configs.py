@@ -17,16 +17,18 @@ from mmengine.structures import PixelData
 from mmseg.structures import SegDataSample
 from torch import nn
 
-from mmslide.build import build_model
+from mmslide.build import build_model, load_what_fits
 
 ROOT = Path(__file__).parents[1]
 BASES = sorted((ROOT / 'configs/_base_').rglob('*.py'))
 CONFIGS = sorted(set((ROOT / 'configs').rglob('*.py')) - set(BASES))
-ZOO = [path for path in CONFIGS if path.parent.name != 'mini']
+MINI = [path for path in CONFIGS if path.parent.name == 'mini']
+FINETUNE = [path for path in CONFIGS if path.parent.name == 'finetune']
+ZOO = [path for path in CONFIGS if path not in (*MINI, *FINETUNE)]
 METAFILES = sorted((ROOT / 'configs').rglob('metafile.yml'))
 
 VARIABLES = {
-    *('dataset_type', 'data_root', 'image_scale', 'crop_size', 'meta_keys'),
+    *('dataset_type', 'data_root', 'image_scale', 'crop_size', 'meta_keys', 'metainfo'),
     *('train_pipeline', 'test_pipeline', 'tta_pipeline', 'short_sides', 'multi_scale_crop'),
     *('max_epochs', 'max_iters', 'warmup_iters', 'pretrained'),
     *('num_classes', 'rpn_nms', 'boxes', 'norm_cfg', 'iou_thresholds', 'target_stds'),
@@ -39,7 +41,6 @@ PRETRAINED = {
     'mmslide.SlidePVTv2': 'pvt_v2',
     'mmslide.SlideSwin': 'swin',
     'mmslide.SlideCSWin': 'cswin',
-    'mmslide.SlideNAT': 'nat',
     'mmslide.TwinsPCPVT': 'pcpvt',
     'mmslide.TwinsSVT': 'alt_gvt',
 }
@@ -126,11 +127,11 @@ def kind_of(path):
 @pytest.mark.parametrize(
     'kind',
     # No config here is RetinaNet on a backbone that norms its outputs alone.
-    [*sorted({kind_of(path) for path in CONFIGS}), ('RetinaNet', True, 'mmslide.SlideSwin')],
+    [*sorted({kind_of(path) for path in (*ZOO, *MINI)}), ('RetinaNet', True, 'mmslide.SlideSwin')],
     ids=lambda kind: f'{kind[0]}-{"neck" if kind[1] else "no neck"}-{kind[2]}',
 )
 def test_every_parameter_gets_a_gradient(kind):
-    path = next(path for path in CONFIGS if kind_of(path)[:2] == kind[:2])
+    path = next(path for path in (*ZOO, *MINI) if kind_of(path)[:2] == kind[:2])
     model = copy.deepcopy(load(path).model)
     dims = [16, 32, 64, 128]
     row = next(iter(MODELS.get(kind[2]).variants.values()))
@@ -209,7 +210,7 @@ def test_runtime(path):
 PVT_1X, RETINANET_1X = (2e-4, 1e-4, 'full'), (1e-4, 1e-4, 'full')
 SWIN_3X, SWIN_3X_AMP = (1e-4, 0.05, 'full'), (1e-4, 0.05, 'amp')
 FPN_40K, FPN_80K = (2e-4, 1e-4, 'full'), (1e-4, 1e-4, 'full')
-UPERNET, UPERNET_AMP = (6e-5, 0.01, 'full'), (6e-5, 0.01, 'amp')
+UPERNET = (6e-5, 0.01, 'full')
 PVTV2, TWINS = ('b0', 'b1', 'b2', 'b2-li', 'b3'), ('pcpvt-s', 'pcpvt-b', 'pcpvt-l', 'svt-s', 'svt-b', 'svt-l')
 SETTINGS = {
     'mask-rcnn_pvt-{}_fpn_1x_coco': (PVT_1X, dict(t=0.1, s=0.2, m=0.1, l=0.2)),
@@ -229,9 +230,7 @@ SETTINGS = {
     'mask-rcnn_cswin-{}_fpn_ms-crop-3x_coco': (SWIN_3X, dict(t=0.2, s=0.4, b=0.5)),
     'cascade-mask-rcnn_cswin-{}_fpn_ms-crop-3x_coco': (SWIN_3X, dict(t=0.2, s=0.4, b=0.5)),
     'cswin-{}_upernet_8xb2-160k_ade20k-512x512': (UPERNET, dict(t=0.3, s=0.4, b=0.6)),
-    'mask-rcnn_nat-{}_fpn_ms-crop-3x_coco': (SWIN_3X_AMP, dict(mini=0.2, t=0.2, s=0.35)),
-    'cascade-mask-rcnn_nat-{}_fpn_ms-crop-3x_coco': (SWIN_3X_AMP, dict(mini=0.2, t=0.3, s=0.3, b=0.5)),
-    'nat-{}_upernet_8xb2-160k_ade20k-512x512': (UPERNET_AMP, dict(mini=0.2, t=0.3, s=0.5, b=0.5)),
+    'cswin-{}_fpn_8xb4-80k_ade20k-512x512': (FPN_80K, dict(t=0.3, s=0.4, b=0.6)),
     'mask-rcnn_twins-{}_fpn_1x_coco': (PVT_1X, dict.fromkeys(TWINS, 0.2)),
     'retinanet_twins-{}_fpn_1x_coco': (RETINANET_1X, dict.fromkeys(TWINS, 0.2)),
     'mask-rcnn_twins-{}_fpn_ms-crop-3x_coco': (SWIN_3X_AMP, dict.fromkeys(TWINS, 0.2)),
@@ -297,6 +296,22 @@ def test_weight_decay(path):
     biased = host in ('mmslide.SlideSwin', 'mmslide.SlideNAT')
     assert len(table) == (sum(depths) - len(slide) if biased else 0)
     assert {name for name, value in decay.items() if value == 0} == norms | table | slide | peg
+
+
+@pytest.mark.parametrize('path', FINETUNE, ids=lambda path: path.stem)
+def test_fine_tuning_starts_from_all_but_the_last_layers_of_the_heads(path):
+    cfg = load(path)
+    folder, checkpoint = Path(cfg.load_from).parts[-2:]
+    source = next(x for x in ZOO if x.stem == folder)
+    length = load(source).train_cfg
+    assert checkpoint in (f'epoch_{length.get("max_epochs")}.pth', f'iter_{length.get("max_iters")}.pth')
+    assert cfg.model.backbone.init_cfg is None
+    heads = [module for module in build(path).modules() if hasattr(module, 'num_classes')]
+    assert {head.num_classes for head in heads} - {1} == {len(cfg.metainfo.classes)}  # 1 is of proposals
+    problems = load_what_fits(build(path), build(source).state_dict())
+    assert set(problems) == {'of another shape'}
+    names = {re.match(r'\S+head\.(\w+)\.(weight|bias) ', problem)[1] for problem in problems['of another shape']}
+    assert names <= {'fc_cls', 'fc_reg', 'conv_logits', 'conv_seg'}
 
 
 def test_metafiles():
