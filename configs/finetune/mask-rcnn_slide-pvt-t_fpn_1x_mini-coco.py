@@ -1,6 +1,6 @@
 # Fine-tunes a detector that was trained on COCO for other classes: those of the generated data set,
-# `tools/make_mini_dataset.py data/mini`. For your own data in COCO's layout change data_root and name all classes, in the
-# order of the annotation file.
+# `tools/make_mini_dataset.py data/mini`. For your own data in COCO's layout change data_root and name all classes, in
+# the order of the annotation file.
 _base_ = '../slide_pvt/mask-rcnn_slide-pvt-t_fpn_1x_coco.py'
 # Its heads for 80 classes do not fit and start fresh, with a warning that names them.
 load_from = 'work_dirs/mask-rcnn_slide-pvt-t_fpn_1x_coco/epoch_12.pth'

@@ -1,6 +1,6 @@
 # Fine-tunes a segmentor that was trained on ADE20K for other classes: those of the generated data set,
-# `tools/make_mini_dataset.py data/mini`, which are some of ADE20K's. For your own data in ADE20K's layout change data_root
-# and metainfo (classes and palette), and set type='BaseSegDataset' and reduce_zero_label=True in the data sets.
+# `tools/make_mini_dataset.py data/mini`, which are some of ADE20K's. For your own data in ADE20K's layout change
+# data_root and metainfo (classes and palette), and set type='BaseSegDataset' and reduce_zero_label=True.
 _base_ = '../slide_swin/slide-swin-t_upernet_8xb2-160k_ade20k-512x512.py'
 # Its heads for 150 classes do not fit and start fresh, with a warning that names them.
 load_from = 'work_dirs/slide-swin-t_upernet_8xb2-160k_ade20k-512x512/iter_160000.pth'
