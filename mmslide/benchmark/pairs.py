@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from mmslide.flops import DENSE_HEADS, count_macs
 from mmslide.models import SlidePVT, SlideSwin, TwinsPCPVT, TwinsSVT
 from mmslide.models.attention import SlideAttention
-from mmslide.ops import fixed_shift, merge_paths, slide_attention
+from mmslide.ops import fixed_shift, merge_paths, neighborhood_attention, slide_attention
+from mmslide.ops.reference import neighborhood_reference
 from mmslide.weights import load_pretrained
 
 from .baselines import flex, im2col, two_path
@@ -132,6 +133,41 @@ def op_pair(
         # Forward reads q, k, v and writes the output; backward reads them and a gradient and writes three.
         moved_bytes=qkv.nbytes // 3 * (4 + 7 * training),
         operations=2 * 2 * (slots * slots + slots) * qkv.numel() // 3 * (1 + 2 * training),
+        images=batch,
+    )
+
+
+def neighborhood_pair(
+    height: int,
+    width: int,
+    embed_dims: int,
+    num_heads: int,
+    *,
+    batch: int = 1,
+    kernel_size: int = 7,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = 'cpu',
+    training: bool = False,
+) -> Pair:
+    """Neighborhood attention on a map (batch, height, width, embed_dims) beside a gather of all windows."""
+    generator = torch.Generator().manual_seed(0)
+    shape = batch, height, width, 3, num_heads, embed_dims // num_heads
+    qkv = torch.randn(shape, generator=generator).to(device, dtype).requires_grad_()
+    rpb = torch.randn(num_heads, 2 * kernel_size - 1, 2 * kernel_size - 1, generator=generator)
+    rpb = rpb.to(device, dtype).requires_grad_()
+    inputs = dict(qkv=qkv, rpb=rpb)
+
+    def run(attend: Callable[..., Tensor]) -> list[Tensor]:
+        return [attend(*qkv.unbind(3), rpb, scale=shape[-1] ** -0.5)]
+
+    return Pair(
+        name=f'{height}×{width}×{embed_dims}, {num_heads} heads, k={kernel_size}',
+        ours=Side('ours', partial(run, neighborhood_attention), inputs),
+        baseline=Side('gather', partial(run, neighborhood_reference), inputs),
+        tolerance=TOLERANCE[dtype],
+        # As for `op_pair`.
+        moved_bytes=qkv.nbytes // 3 * (4 + 7 * training),
+        operations=2 * 2 * kernel_size**2 * qkv.numel() // 3 * (1 + 2 * training),
         images=batch,
     )
 
