@@ -88,7 +88,7 @@ def parse_args() -> argparse.Namespace:
         parents=[common, sizes(NEIGHBORHOOD_MAPS, kernel_size=7)],
         help='neighborhood attention beside a gather of all windows',
     )
-    backbone = commands.add_parser('backbone', parents=[common, plot], help="beside mmdet's and mmseg's")
+    backbone = commands.add_parser('backbone', parents=[common, plot], help="beside mmdet's, mmseg's or a plain one")
     backbone.add_argument('names', nargs='*', choices=[[], *BACKBONES], help='default: all')
     onnx = commands.add_parser('onnx', parents=[measuring, maps], help='fused beside two-path, in onnxruntime')
     onnx.add_argument('--mlp-ratio', type=float, default=0, help='of a transformer block; default: attention alone')

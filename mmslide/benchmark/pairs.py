@@ -18,7 +18,7 @@ from mmengine.registry import MODELS, DefaultScope
 from torch import Tensor, nn
 
 from mmslide.flops import DENSE_HEADS, count_macs
-from mmslide.models import SlidePVT, SlideSwin, TwinsPCPVT, TwinsSVT
+from mmslide.models import SlideCSWin, SlidePVT, SlideSwin, TwinsPCPVT, TwinsSVT
 from mmslide.models.attention import SlideAttention
 from mmslide.ops import fixed_shift, merge_paths, neighborhood_attention, slide_attention
 from mmslide.ops.reference import neighborhood_reference
@@ -190,7 +190,8 @@ class Backbones:
         if self.framework == 'timm':
             # Its maps at all stages, under the names that its weights are published with.
             return import_module('timm').create_model(self.baseline, features_only=True, **self.baseline_kwargs)
-        module = import_module(f'{self.framework}.models.backbones')
+        own = self.framework == 'mmslide'
+        module = import_module('mmslide.benchmark.baselines' if own else f'{self.framework}.models.backbones')
         return getattr(module, self.baseline)(**self.baseline_kwargs)
 
 
@@ -211,6 +212,8 @@ _SVT_SMALL = dict(
 )
 _PVT_HOST = partial(_PVT, slide_stages=())
 _SWIN_HOST = partial(SlideSwin, 'tiny', slide_stages=())
+_CSWIN_HOST = partial(SlideCSWin, 'tiny', slide_stages=())
+_PLAIN_CSWIN = dict(arch='tiny', slide_stages=())
 _PCPVT = partial(TwinsPCPVT, 'small', norm_cfg=_LN)
 _SVT = partial(TwinsSVT, 'small', norm_cfg=_LN)
 BACKBONES = {
@@ -221,6 +224,8 @@ BACKBONES = {
     'slide-swin-t': Backbones(partial(SlideSwin, 'tiny'), 'mmdet', 'SwinTransformer', {}, _SWIN_HOST),
     'pvt-s': Backbones(_PVT_HOST, 'mmdet', 'PyramidVisionTransformer', _PVT_SMALL, _PVT_HOST),
     'swin-t': Backbones(_SWIN_HOST, 'mmdet', 'SwinTransformer', {}, _SWIN_HOST),
+    'slide-cswin-t': Backbones(partial(SlideCSWin, 'tiny'), 'mmslide', 'PlainCSWin', _PLAIN_CSWIN, _CSWIN_HOST),
+    'cswin-t': Backbones(_CSWIN_HOST, 'mmslide', 'PlainCSWin', _PLAIN_CSWIN, _CSWIN_HOST),
     'twins-pcpvt-s': Backbones(_PCPVT, 'mmseg', 'PCPVT', _PCPVT_SMALL, _PCPVT),
     'twins-svt-s': Backbones(_SVT, 'mmseg', 'SVT', _SVT_SMALL, _SVT),
 }
@@ -244,7 +249,7 @@ def backbone_pair(
     backend: str | None = None,
     training: bool = False,
 ) -> Pair:
-    """A backbone of ours beside mmdet's or mmseg's of the same size, on images (batch, 3, height, width).
+    """A backbone of ours beside mmdet's, mmseg's or a plain one of the same size, on images (batch, 3, height, width).
 
     Where both are the same function, ours has the baseline's weights and the results are compared. Of a Slide backbone,
     which is another function, are checked: its host against the baseline, and the op inside it against the reference.
