@@ -109,7 +109,11 @@ def assert_golden_logits(name: str, last: Tensor, eps: float) -> None:
     state = golden_state(name)
     x = nn.functional.layer_norm(last.flatten(2).mT, last.shape[1:2], state['norm.weight'], state['norm.bias'], eps)
     logits = nn.functional.linear(x.mean(1), state['head.weight'], state['head.bias'])
-    assert relative_error(logits, torch.from_numpy(np.load(GOLDEN / f'{name}.npz')['logits'])) < 1e-4
+    assert relative_error(logits, golden_logits(name)) < 1e-4
+
+
+def golden_logits(name: str) -> Tensor:
+    return torch.from_numpy(np.load(GOLDEN / f'{name}.npz')['logits'])
 
 
 def load_host(model: nn.Module, host: nn.Module, folder: Path) -> nn.Module:

@@ -16,12 +16,13 @@ from mmslide.models.attention import (
     CrossShapedWindowAttention,
     LocallyGroupedAttention,
     NeighborhoodAttention,
+    PooledAttention,
     SlideAttention,
     SubsampledAttention,
     WindowAttention,
 )
 from mmslide.models.layers import Block
-from mmslide.models.mlp import MLP
+from mmslide.models.mlp import MLP, ConvMLP
 
 ROOT = Path(__file__).parents[1]
 FAMILIES = {path.parent.name: path.parent for path in sorted((ROOT / 'configs').glob('*/metafile.yml'))}
@@ -233,6 +234,22 @@ def test_neighborhood_block(size):
         + 2 * 4 * channels**2 * pixels  # MLP
     )
     assert macs_of(block(NeighborhoodAttention(channels, 2, window), channels), channels, *size) == expected
+
+
+def test_pooled_block():
+    channels, height, width = 32, 12, 16
+    pixels, pooled = height * width, 49
+    expected = (
+        channels**2 * pixels  # q
+        + channels**2 * pooled  # the convolution after the pool
+        + 2 * channels**2 * pooled  # k and v
+        + 2 * channels * pixels * pooled  # q · k and a · v
+        + channels**2 * pixels  # projection
+        + (2 * 4 * channels**2 + 9 * 4 * channels) * pixels  # MLP with a depthwise convolution
+    )
+    mlp = ConvMLP(channels, 4 * channels, relu=True)
+    block = Block(PooledAttention(channels, 2), mlp, channels)
+    assert macs_of(block, channels, height, width) == expected
 
 
 def test_does_not_depend_on_the_backend():

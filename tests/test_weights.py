@@ -12,10 +12,14 @@ import torch
 from helpers import golden_state, randomize, relative_error
 from mmengine.runner.checkpoint import CheckpointLoader
 from test_backbones import SMALL, SMALL_PVT, small
+from test_pvtv2 import LINEAR
+from test_pvtv2 import SMALL as SMALL_PVTV2
+from test_pvtv2 import mmdet_host as mmdet_pvtv2
+from test_pvtv2 import small as small_pvtv2
 from test_twins import mmseg_host
 from test_twins import small as small_twins
 
-from mmslide.models import SlideCSWin, SlidePVT, SlideSwin, TwinsPCPVT, TwinsSVT
+from mmslide.models import SlideCSWin, SlidePVT, SlidePVTv2, SlideSwin, TwinsPCPVT, TwinsSVT
 from mmslide.models.attention import SlideAttention
 from mmslide.ops import fixed_shift
 from mmslide.weights import load_pretrained, read_state_dict
@@ -245,6 +249,7 @@ WHOLE = {
     ),
     'mmpretrain SVT': (lambda: golden_state('mmpretrain_svt'), lambda **kw: small_twins(TwinsSVT, **kw)),
     'authors CSWin': (lambda: golden_state('cswin_tiny_segmentation_192x256'), lambda **kw: SlideCSWin('tiny', **kw)),
+    'timm PVTv2': (lambda: golden_state('timm_pvt_v2_li'), lambda **kw: small_pvtv2(LINEAR, **kw)),
 }
 
 
@@ -338,11 +343,27 @@ def test_foreign_files_are_refused(content, message, save):
         (lambda: SlideSwin(SMALL, slide_stages=()), lambda: TwinsSVT(SMALL_PVT)),
         (lambda: TwinsPCPVT(SMALL_PVT), lambda: SlidePVT(SMALL_PVT, slide_stages=())),
         (lambda: TwinsSVT(SMALL_PVT), lambda: SlideSwin(SMALL, slide_stages=())),
+        (lambda: SlidePVT(SMALL_PVT, slide_stages=()), lambda: SlidePVTv2(SMALL_PVT, slide_stages=())),
+        (lambda: SlidePVTv2(SMALL_PVT, slide_stages=()), lambda: SlidePVT(SMALL_PVT, slide_stages=())),
     ],
-    ids=['width', 'host', 'depth', 'Twins', 'other Twins', 'PVT', 'Swin', 'PVT from Twins', 'Swin from Twins'],
+    ids=[
+        'width',
+        'host',
+        'depth',
+        'Twins',
+        'other Twins',
+        'PVT',
+        'Swin',
+        'PVT from Twins',
+        'Swin from Twins',
+        'PVTv2 from PVT',
+        'PVT from PVTv2',
+    ],
 )
 def test_another_model_is_refused(source, target, save):
-    with pytest.raises(ValueError, match=r'does not fit this (Slide|Twins)(PVT|Swin|PCPVT|SVT): .*Check the arch'):
+    with pytest.raises(
+        ValueError, match=r'does not fit this (Slide|Twins)(PVT|PVTv2|Swin|PCPVT|SVT): .*Check the arch'
+    ):
         load_pretrained(target(), save(source().state_dict()))
 
 
@@ -532,8 +553,110 @@ def test_slide_attention_has_no_place_in_the_layout_of_cswin():
 
 
 def test_unknown_target_is_refused():
-    with pytest.raises(ValueError, match=r"layouts \['mmslide', 'authors', .*'mmseg'.*\], got 'torchvision'"):
-        from_mmslide(small_twins(TwinsSVT).state_dict(), 'torchvision')
+    with pytest.raises(ValueError, match=r"layouts \['mmslide', .*'authors', .*\], got 'keras'"):
+        from_mmslide(small_twins(TwinsSVT).state_dict(), 'keras')
+
+
+@pytest.fixture(params=['authors', 'mmdet', 'timm', 'transformers'])
+def pvtv2_layout(request):
+    return request.param
+
+
+@WRAPPINGS
+def test_pvtv2_layouts(pvtv2_layout, wrapper, prefix, save, log):
+    """Whose keys and numbers these are is compared below and in test_pvtv2; here the way from the file."""
+    source = randomize(small_pvtv2())
+    state = from_mmslide(source.state_dict(), pvtv2_layout) | {'head.weight': torch.zeros(10, 64)}
+    model = small_pvtv2()
+    load_pretrained(model, save(wrap(state, wrapper, prefix)))
+    assert_same(model, source)
+    assert 'PVTv2 layout' in log.text
+    assert 'head.weight' in log.text
+    assert not any(record.levelno >= logging.WARNING for record in log.records)
+
+
+@pytest.mark.parametrize(
+    ('layout', 'state'),
+    [
+        ('authors', lambda: golden_state('pvt_v2_b1_cls_224')),
+        ('authors', lambda: golden_state('pvt_v2_b1_detection_192x256')),
+        ('mmdet', lambda: mmdet_pvtv2(SlidePVTv2.variants['b0']).state_dict()),
+        ('mmdet', lambda: mmdet_pvtv2(SlidePVTv2.variants['b0'], qkv_bias=False).state_dict()),
+        ('timm', lambda: golden_state('timm_pvt_v2_li')),
+        ('transformers', lambda: golden_state('transformers_pvt_v2')),
+    ],
+)
+def test_round_trips_of_pvtv2(layout, state):
+    state = state()
+    name, ours = to_mmslide(state)
+    assert name.startswith(layout)
+    back = from_mmslide(ours, layout)
+    assert back.keys() == state.keys()
+    assert all(torch.equal(back[key], value) for key, value in state.items())
+
+
+def test_transformers_without_a_classifier():
+    state = golden_state('transformers_pvt_v2')
+    alone = {key.removeprefix('pvt_v2.'): value for key, value in state.items() if not key.startswith('classifier')}
+    assert to_mmslide(alone)[1].keys() == small_pvtv2().state_dict().keys()
+
+
+@pytest.mark.parametrize('linear', [False, True])
+def test_timms_class(linear):
+    timm = pytest.importorskip('timm.models.pvt_v2')
+    row = {key: (value,) * 4 if value == 2 else value for key, value in SMALL_PVTV2.items()}
+    theirs = randomize(timm.PyramidVisionTransformerV2(num_classes=0, linear=linear, **row)).eval()
+    model = small_pvtv2(LINEAR if linear else SMALL_PVTV2)
+    model.load_state_dict(to_mmslide(theirs.state_dict())[1])
+    image = torch.randn(1, 3, 75, 97)
+    assert relative_error(model.eval()(image)[-1], theirs.forward_features(image)) < 1e-5
+    theirs.load_state_dict(from_mmslide(model.state_dict(), 'timm'))
+
+
+@pytest.mark.parametrize('linear', [False, True])
+def test_transformers_class(linear):
+    transformers = pytest.importorskip('transformers')
+    row = dict(SMALL_PVTV2, mlp_ratios=[2] * 4)
+    config = transformers.PvtV2Config(
+        hidden_sizes=row.pop('embed_dims'),
+        num_attention_heads=row.pop('num_heads'),
+        linear_attention=linear,
+        layer_norm_eps=1e-5,
+        **row,
+    )
+    theirs = randomize(transformers.PvtV2ForImageClassification(config)).eval()
+    model = small_pvtv2(LINEAR if linear else SMALL_PVTV2, norm_cfg=dict(type='LN', eps=1e-5))
+    state = theirs.state_dict()
+    head = {key: state[key] for key in ('classifier.weight', 'classifier.bias')}
+    model.load_state_dict({key: value for key, value in to_mmslide(state)[1].items() if key not in head})
+    image = torch.randn(1, 3, 75, 97)
+    logits = torch.nn.functional.linear(model.eval()(image)[-1].mean((2, 3)), *head.values())
+    assert relative_error(logits, theirs(image).logits) < 1e-5
+    theirs.load_state_dict(from_mmslide(model.state_dict(), 'transformers') | head)
+
+
+@pytest.mark.parametrize('row', [SMALL_PVTV2, LINEAR])
+def test_warm_start_of_pvtv2(pvtv2_layout, row, save, log):
+    host = randomize(small_pvtv2(row))
+    if pvtv2_layout == 'mmdet' and row is LINEAR:
+        with pytest.raises(ValueError, match='mmdet has no linear PVTv2'):
+            from_mmslide(host.state_dict(), 'mmdet')
+        return
+    model = small_pvtv2(row, slide_stages=(0, 1))
+    load_pretrained(model, save(from_mmslide(host.state_dict(), pvtv2_layout)))
+    ours, theirs = model.stages[1].blocks[1].attn, host.stages[1].blocks[1].attn
+    assert torch.equal(ours.qkv.weight, torch.cat([theirs.q.weight, theirs.kv.weight]))
+    assert torch.equal(ours.qkv.bias, torch.cat([theirs.q.bias, theirs.kv.bias]))
+    x = torch.randn(1, 6, 5, 32)
+    assert relative_error(ours(x), local_attention(ours, x)) < 1e-5
+    assert 'deform_weight' in log.text
+    assert 'stages.*.blocks.*.attn.sr.weight' in log.text
+    assert not any(record.levelno >= logging.WARNING for record in log.records)
+
+
+def test_slide_pvtv2_has_no_place_in_a_hosts_layout(pvtv2_layout):
+    with pytest.raises(ValueError, match=rf"layout '{pvtv2_layout}' has no place for Slide Attention.*deform_weight"):
+        from_mmslide(small_pvtv2(slide_stages=(1,)).state_dict(), pvtv2_layout)
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from mmengine.registry import MODELS, DefaultScope
 from torch import Tensor, nn
 
 from mmslide.flops import DENSE_HEADS, count_macs
-from mmslide.models import SlideCSWin, SlidePVT, SlideSwin, TwinsPCPVT, TwinsSVT
+from mmslide.models import SlideCSWin, SlidePVT, SlidePVTv2, SlideSwin, TwinsPCPVT, TwinsSVT
 from mmslide.models.attention import SlideAttention
 from mmslide.ops import fixed_shift, merge_paths, neighborhood_attention, slide_attention
 from mmslide.ops.reference import neighborhood_reference
@@ -211,6 +211,9 @@ _SVT_SMALL = dict(
     qkv_bias=True,
 )
 _PVT_HOST = partial(_PVT, slide_stages=())
+_PVTV2 = partial(SlidePVTv2, 'b2')
+_PVTV2_HOST = partial(_PVTV2, slide_stages=())
+_PVTV2_B2 = dict(_PVT_SMALL, embed_dims=64)
 _SWIN_HOST = partial(SlideSwin, 'tiny', slide_stages=())
 _CSWIN_HOST = partial(SlideCSWin, 'tiny', slide_stages=())
 _PLAIN_CSWIN = dict(arch='tiny', slide_stages=())
@@ -218,11 +221,11 @@ _PCPVT = partial(TwinsPCPVT, 'small', norm_cfg=_LN)
 _SVT = partial(TwinsSVT, 'small', norm_cfg=_LN)
 BACKBONES = {
     'slide-pvt-s': Backbones(_PVT, 'mmdet', 'PyramidVisionTransformer', _PVT_SMALL, _PVT_HOST),
-    'slide-pvt-s/pvtv2-b2': Backbones(
-        _PVT, 'mmdet', 'PyramidVisionTransformerV2', dict(_PVT_SMALL, embed_dims=64), None
-    ),
+    'slide-pvt-s/pvtv2-b2': Backbones(_PVT, 'mmdet', 'PyramidVisionTransformerV2', _PVTV2_B2, None),
+    'slide-pvtv2-b2': Backbones(_PVTV2, 'mmdet', 'PyramidVisionTransformerV2', _PVTV2_B2, _PVTV2_HOST),
     'slide-swin-t': Backbones(partial(SlideSwin, 'tiny'), 'mmdet', 'SwinTransformer', {}, _SWIN_HOST),
     'pvt-s': Backbones(_PVT_HOST, 'mmdet', 'PyramidVisionTransformer', _PVT_SMALL, _PVT_HOST),
+    'pvtv2-b2': Backbones(_PVTV2_HOST, 'mmdet', 'PyramidVisionTransformerV2', _PVTV2_B2, _PVTV2_HOST),
     'swin-t': Backbones(_SWIN_HOST, 'mmdet', 'SwinTransformer', {}, _SWIN_HOST),
     'slide-cswin-t': Backbones(partial(SlideCSWin, 'tiny'), 'mmslide', 'PlainCSWin', _PLAIN_CSWIN, _CSWIN_HOST),
     'cswin-t': Backbones(_CSWIN_HOST, 'mmslide', 'PlainCSWin', _PLAIN_CSWIN, _CSWIN_HOST),
