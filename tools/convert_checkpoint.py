@@ -14,7 +14,10 @@ def main() -> None:
     parser.add_argument('checkpoint', metavar='IN', help='file or URL, in any layout that mmslide can start from')
     parser.add_argument('out', metavar='OUT', help='file to write; NAME.safetensors for that format')
     parser.add_argument(
-        '--to', choices=list(TARGETS), default='mmslide', help="of Twins' weights; other backbones go to mmslide only"
+        '--to',
+        choices=TARGETS,
+        default='mmslide',
+        help='layout of OUT; every backbone has mmslide, and some have others',
     )
     args = parser.parse_args()
     with exit_on(*INPUT_ERRORS):

@@ -18,7 +18,7 @@ def convert_checkpoint(checkpoint: str | Path, out: str | Path, layout: str) -> 
         checkpoint: file or URL.
         out: the file to write, which then holds the state dict alone, as safetensors if its name ends so. It appears
             whole or not at all.
-        layout: 'mmslide', or for Twins 'authors' or 'mmseg'.
+        layout: one of `mmslide.weights.layouts.TARGETS`. Every backbone has 'mmslide', and some have others.
 
     Returns:
         What was read, written and kept.

@@ -1,0 +1,67 @@
+"""Key layouts of checkpoints in the wild, each turned into ours by a pure function on a state dict.
+
+Buffers that the model computes anew are left out. Every other key that a layout's rules do not name (a classifier's,
+say) is passed through unchanged, so that the loader can report it.
+"""
+
+import re
+
+from mmslide.checkpoints import StateDict
+
+from .keys import Layout
+from .pvt import PVT
+from .slide import fuse_slide_attention, slide_attention
+from .swin import SWIN
+from .twins import TWINS
+
+__all__ = ['FAMILIES', 'TARGETS', 'from_mmslide', 'fuse_slide_attention', 'slide_attention', 'to_mmslide']
+
+OURS = Layout('mmslide', r'^stages\.\d+\.embed\.', dict)
+FAMILIES = (SWIN, PVT, TWINS)
+LAYOUTS = (OURS, *(layout for family in FAMILIES for layout in family.layouts))  # the first that fits is taken
+TARGETS = list(dict.fromkeys(['mmslide', *(layout.target for layout in LAYOUTS if layout.target)]))
+
+
+def to_mmslide(state: StateDict) -> tuple[str, StateDict]:
+    """Recognises the layout from the keys: its name and the state dict in our layout.
+
+    Raises:
+        ValueError: no layout has such keys.
+    """
+    for layout in LAYOUTS:
+        if _has(state, layout.pattern):
+            return layout.name, layout.to_mmslide(state)
+    raise ValueError(
+        f'the checkpoint has none of the layouts {[layout.name for layout in LAYOUTS]}; its {len(state)} keys begin '
+        f'with {list(state)[:3]}'
+    )
+
+
+def from_mmslide(state: StateDict, target: str) -> StateDict:
+    """A state dict in our layout as one of `TARGETS`.
+
+    Raises:
+        ValueError: the layout is unknown, or has no place for such weights.
+    """
+    if target not in TARGETS:
+        raise ValueError(f'weights can be turned into the layouts {TARGETS}, got {target!r}')
+    if target == 'mmslide':
+        return dict(state)
+    known = [
+        (family, layout.from_mmslide)
+        for family in FAMILIES
+        for layout in family.layouts
+        if layout.target == target and layout.from_mmslide
+    ]
+    convert = next((convert for family, convert in known if _has(state, family.pattern)), None)
+    if convert is None:
+        names = ', '.join(family.name for family, _ in known)
+        raise ValueError(f'the layout {target!r} exists for {names}, and these weights are of another backbone')
+    slides = [key for key in state if key.endswith(('.attn.deform_weight', '.attn.fused_weight'))]
+    if slides:
+        raise ValueError(f'the layout {target!r} has no place for Slide Attention, but there is {slides[0]}')
+    return convert(state)
+
+
+def _has(state: StateDict, pattern: str) -> bool:
+    return any(re.search(pattern, key) for key in state)
