@@ -493,7 +493,7 @@ class DatasetCheck:
         self.name = f'{self.loader}: {dataset.ann_file or folder}'
         if not dataset.with_label:
             return
-        wrong = list(self._wrong_num_classes())
+        wrong = [*self._wrong_num_classes(), *self._wrong_topk()]
         yield from wrong
         if wrong or not (self.is_local and is_local(folder, *self._file_readers())):
             return
@@ -511,6 +511,15 @@ class DatasetCheck:
                 return
         if self.everything:
             yield from self._check_labelled_images()
+
+    def _wrong_topk(self) -> Iterator[Exception]:
+        for evaluator in self.evaluators:
+            topk = evaluator.get('topk', 1)
+            if np.max(topk) > len(self.classes):
+                yield ValueError(
+                    f'{self.name} has {len(self.classes)} classes, but {evaluator.get("type")} has topk={topk}: no number '
+                    f'of topk may be above {len(self.classes)}'
+                )
 
     def _check_labelled_images(self) -> Iterator[Exception]:
         samples = self.dataset.load_data_list()

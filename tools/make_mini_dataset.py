@@ -1,4 +1,4 @@
-"""Makes a small COCO and ADE20K look-alike of drawn shapes, for demos and tests that must run anywhere."""
+"""Makes a small COCO, ADE20K and ImageNet look-alike of drawn shapes, for demos and tests that must run anywhere."""
 
 import argparse
 import json
@@ -12,8 +12,8 @@ from numpy.random import Generator
 from pycocotools import mask as rle
 
 # Goes up whenever the same settings give other files.
-VERSION = 1
-# Shape: the COCO category and the ADE20K class (number and name) it stands for.
+VERSION = 2
+# Shape, and folder in ImageNet's layout: the COCO category and the ADE20K class (number and name) it stands for.
 SHAPES = {
     'disk': ('sports ball', 120, 'ball'),
     'rectangle': ('tv', 42, 'box'),
@@ -54,8 +54,9 @@ def make_mini_dataset(
 ) -> bool:
     """Draws the data set into a new folder, which appears only when it is complete.
 
-    Below out_dir, `coco/` is laid out like COCO 2017 and `ade/` like ADE20K; both show the same scenes. Same settings
-    give the same files, and image i of a split does not depend on how many there are.
+    Below out_dir, `coco/` is laid out like COCO 2017 and `ade/` like ADE20K; both show the same scenes. `imagenet/` is
+    laid out like ImageNet and shows single shapes. Same settings give the same files, and image i of a split does not
+    depend on how many there are.
 
     Args:
         size: height and width of the images in pixels, at least 32.
@@ -93,6 +94,7 @@ def make_mini_dataset(
         root = Path(temporary) / 'root'
         for index, (split, count) in enumerate((('train', num_train), ('val', num_val))):
             _write_split(root, split, count, [seed, index], size)
+            _write_single_shapes(root / 'imagenet' / split, count, [seed, index], size)
         (root / SETTINGS_FILE).write_text(json.dumps(settings) + '\n')
         root.rename(out)
     return True
@@ -118,16 +120,27 @@ def draw_scene(rng: Generator, size: int) -> tuple[np.ndarray, list[tuple[str, n
             visible.append((shape, part))
             covered |= mask
     visible.reverse()
+    return _paint(rng, visible, size), visible
 
+
+def draw_single_shape(rng: Generator, shape: str, size: int) -> np.ndarray:
+    """An image, uint8 (size, size, 3), of one shape that is whole."""
+    while True:
+        mask = _draw_shape(rng, shape, size)
+        if not (mask[[0, -1]].any() or mask[:, [0, -1]].any()):
+            return _paint(rng, [(shape, mask)], size)
+
+
+def _paint(rng: Generator, objects: list[tuple[str, np.ndarray]], size: int) -> np.ndarray:
     # Colours and textures come from one distribution for all shapes and the background: they say nothing of the class.
     image, strength = _texture(rng, size)
     noise = np.full((size, size), strength, np.float32)
-    for _, mask in visible:
+    for _, mask in objects:
         texture, strength = _texture(rng, size)
         image[mask] = texture[mask]
         noise[mask] = strength
     image += noise[..., None] * rng.standard_normal(image.shape, np.float32)
-    return image.round().clip(0, 255).astype(np.uint8), visible
+    return image.round().clip(0, 255).astype(np.uint8)
 
 
 def coco_categories() -> list[dict]:
@@ -206,7 +219,7 @@ def _write_split(root: Path, split: str, count: int, seed: list[int], size: int)
             )
         name, ade_name = f'{number:012d}', f'ADE_{split}_{number:08d}'
         images.append(dict(id=number, file_name=f'{name}.jpg', height=size, width=size))
-        jpeg = cv2.imencode('.jpg', image, [cv2.IMWRITE_JPEG_QUALITY, 95])[1].tobytes()
+        jpeg = _jpeg(image)
         (coco_images / f'{name}.jpg').write_bytes(jpeg)
         (ade_images / f'{ade_name}.jpg').write_bytes(jpeg)
         (ade_maps / f'{ade_name}.png').write_bytes(cv2.imencode('.png', semantic)[1].tobytes())
@@ -214,6 +227,19 @@ def _write_split(root: Path, split: str, count: int, seed: list[int], size: int)
     annotation_file.write_text(
         json.dumps(dict(info=info, licenses=[], images=images, annotations=annotations, categories=categories))
     )
+
+
+def _write_single_shapes(root: Path, count: int, seed: list[int], size: int) -> None:
+    for shape in SHAPES:
+        (root / shape).mkdir(parents=True)
+    for number in range(1, count + 1):
+        shape = list(SHAPES)[number % len(SHAPES)]
+        image = draw_single_shape(np.random.default_rng([*seed, number, 1]), shape, size)
+        (root / shape / f'{shape}_{number:08d}.jpg').write_bytes(_jpeg(image))
+
+
+def _jpeg(image: np.ndarray) -> bytes:
+    return cv2.imencode('.jpg', image, [cv2.IMWRITE_JPEG_QUALITY, 95])[1].tobytes()
 
 
 def main() -> None:
