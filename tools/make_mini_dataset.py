@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -19,6 +20,7 @@ SHAPES = {
     'rectangle': ('tv', 42, 'box'),
     'triangle': ('kite', 150, 'flag'),
 }
+TEXTURES = ('plain', 'stripes', 'checks', 'gradient')
 WALL = 1  # the ADE20K class of the background
 MIN_SIZE = 32
 MAX_OBJECTS = 5
@@ -124,19 +126,23 @@ def draw_scene(rng: Generator, size: int) -> tuple[np.ndarray, list[tuple[str, n
 
 
 def draw_single_shape(rng: Generator, shape: str, size: int) -> np.ndarray:
-    """An image, uint8 (size, size, 3), of one shape that is whole."""
+    """An image, uint8 (size, size, 3), of one shape that is large and whole, without stripes and checks: one label an
+    image teaches less than boxes and masks do.
+    """
     while True:
-        mask = _draw_shape(rng, shape, size)
+        mask = _draw_shape(rng, shape, size, least=0.2)
         if not (mask[[0, -1]].any() or mask[:, [0, -1]].any()):
-            return _paint(rng, [(shape, mask)], size)
+            return _paint(rng, [(shape, mask)], size, kinds=('plain', 'gradient'))
 
 
-def _paint(rng: Generator, objects: list[tuple[str, np.ndarray]], size: int) -> np.ndarray:
+def _paint(
+    rng: Generator, objects: list[tuple[str, np.ndarray]], size: int, kinds: Sequence[str] = TEXTURES
+) -> np.ndarray:
     # Colours and textures come from one distribution for all shapes and the background: they say nothing of the class.
-    image, strength = _texture(rng, size)
+    image, strength = _texture(rng, size, kinds)
     noise = np.full((size, size), strength, np.float32)
     for _, mask in objects:
-        texture, strength = _texture(rng, size)
+        texture, strength = _texture(rng, size, kinds)
         image[mask] = texture[mask]
         noise[mask] = strength
     image += noise[..., None] * rng.standard_normal(image.shape, np.float32)
@@ -150,10 +156,10 @@ def coco_categories() -> list[dict]:
     return [dict(supercategory=above, id=number, name=name) for number, (name, above) in zip(ids, names, strict=True)]
 
 
-def _draw_shape(rng: Generator, shape: str, size: int) -> np.ndarray:
-    """The whole shape, before anything hides it: bool (size, size)."""
+def _draw_shape(rng: Generator, shape: str, size: int, least: float = 0.08) -> np.ndarray:
+    """The whole shape, before anything hides it: bool (size, size). Its radius is at least `least` of the image."""
     mask = np.zeros((size, size), np.uint8)
-    radius = size * math.exp(rng.uniform(math.log(0.08), math.log(0.3)))
+    radius = size * math.exp(rng.uniform(math.log(least), math.log(0.3)))
     center = rng.uniform(0.1 * size, 0.9 * size, 2)
     if shape == 'disk':
         cv2.circle(mask, center.round().astype(int).tolist(), round(radius), 1, cv2.FILLED)
@@ -170,13 +176,13 @@ def _draw_shape(rng: Generator, shape: str, size: int) -> np.ndarray:
     return mask.astype(bool)
 
 
-def _texture(rng: Generator, size: int) -> tuple[np.ndarray, float]:
+def _texture(rng: Generator, size: int, kinds: Sequence[str]) -> tuple[np.ndarray, float]:
     """A surface in two colours, float32 (size, size, 3), and the standard deviation of its noise."""
     first, second = rng.uniform(0, 255, (2, 3)).astype(np.float32)
     angle, period = rng.uniform(0, math.pi), size * rng.uniform(0.04, 0.2)
     y, x = np.mgrid[:size, :size].astype(np.float32)
     u, v = x * math.cos(angle) + y * math.sin(angle), y * math.cos(angle) - x * math.sin(angle)
-    kind = rng.choice(['plain', 'stripes', 'checks', 'gradient'])
+    kind = rng.choice(kinds)
     if kind == 'plain':
         share = np.zeros_like(u)
     elif kind == 'stripes':
