@@ -23,6 +23,7 @@ from mmslide.benchmark import (
 from mmslide.benchmark.baselines import im2col
 from mmslide.benchmark.pairs import SMALL_SHAPE
 from mmslide.ops import slide_attention
+from mmslide.ops.backends import BACKENDS, Backend
 
 ROOT = Path(__file__).parents[1]
 
@@ -118,7 +119,7 @@ def test_backbones(name, training):
 @pytest.mark.slow
 def test_a_wrong_backend_is_noticed(monkeypatch):
     wrong = lambda *args: 1.01 * slide_attention(*args[:6], backend='conv')  # noqa: E731
-    monkeypatch.setitem(sys.modules['mmslide.ops.slide_attention'].BACKENDS, 'native', wrong)
+    monkeypatch.setitem(BACKENDS, 'native', Backend(wrong))
     with pytest.raises(RuntimeError, match='slide-swin-t and the reference disagree'):
         backbone_pair('slide-swin-t', 64, 96)
 

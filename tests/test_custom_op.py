@@ -13,8 +13,8 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmslide.ops import custom_op, native, slide_attention
+from mmslide.ops.backends import choose_backend
 from mmslide.ops.reference import reference
-from mmslide.ops.slide_attention import choose_backend
 
 NAMES = ('out', 'q', 'k', 'v', 'weight', 'bias', 'rpb')
 NEEDS_TRITON = pytest.mark.skipif(find_spec('triton') is None, reason='triton is not installed')

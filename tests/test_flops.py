@@ -12,7 +12,13 @@ from mmengine.config import Config
 from mmengine.registry import MODELS
 
 from mmslide.flops import complexity_table, count_complexity, count_macs
-from mmslide.models.attention import LocallyGroupedAttention, SlideAttention, SubsampledAttention, WindowAttention
+from mmslide.models.attention import (
+    CrossShapedWindowAttention,
+    LocallyGroupedAttention,
+    SlideAttention,
+    SubsampledAttention,
+    WindowAttention,
+)
 from mmslide.models.layers import Block
 from mmslide.models.mlp import MLP
 
@@ -172,6 +178,24 @@ def test_window_block(mixer):
         + 2 * 4 * channels**2 * pixels  # MLP
     )
     assert macs_of(block(mixer, channels), channels, height, width) == expected
+
+
+def test_cross_shaped_window_block():
+    channels, split, height, width = 32, 7, 10, 15
+    pixels = height * width
+    vertical, horizontal = height * 21, 14 * width  # pixels of the padded maps
+    expected = (
+        3 * channels**2 * pixels  # qkv
+        + 2 * channels // 2 * (vertical * height * split + horizontal * width * split)  # q · k and a · v
+        + 9 * channels // 2 * (vertical + horizontal)  # LePE
+        + channels**2 * pixels  # projection
+        + 2 * 4 * channels**2 * pixels  # MLP
+    )
+    mixer = CrossShapedWindowAttention(channels, 2, split)
+    assert macs_of(block(mixer, channels), channels, height, width) == expected
+    whole = CrossShapedWindowAttention(channels, 2, None)
+    expected = 12 * channels**2 * pixels + 2 * channels * pixels**2 + 9 * channels * pixels
+    assert macs_of(block(whole, channels), channels, height, width) == expected
 
 
 def test_spatial_reduction_block():

@@ -9,17 +9,27 @@ from helpers import randomize, relative_error
 from mmengine.analysis import get_model_complexity_info
 from test_zoo import EVERY
 
-from mmslide.models.attention import LocallyGroupedAttention, SlideAttention, SubsampledAttention, WindowAttention
+from mmslide.models.attention import (
+    CrossShapedWindowAttention,
+    LocallyGroupedAttention,
+    PooledAttention,
+    SlideAttention,
+    SubsampledAttention,
+    WindowAttention,
+)
 
 SIZE = 64, 100  # the second maps are larger than a window, and do not divide by one
 
 
 def small(backbone):
-    """Two stages, with every mixer that the class has."""
+    """Two stages, with every mixer that the class has; for CSWin, whose last stage has one of its own, three."""
     row = dict(backbone.row, embed_dims=(16, 32), num_heads=(1, 2), depths=(2, 2))
     if 'sr_ratios' in row:
         row['sr_ratios'] = (2, 1)
-    return randomize(backbone.cls(row, out_indices=(0, 1), drop_path_rate=0.0, slide_stages=(0,)))
+    if 'split_sizes' in row:
+        row.update(embed_dims=(16, 32, 48), num_heads=(1, 2, 3), depths=(1, 1, 1), split_sizes=(1, 3, 3))
+    stages = range(len(row['depths']))
+    return randomize(backbone.cls(row, out_indices=stages, drop_path_rate=0.0, slide_stages=(0,)))
 
 
 def step(function, model, x, precision):
@@ -60,9 +70,11 @@ def test_compiled_backbones(backbone, precision):
         SlideAttention(12, 2),  # tap-wise, since native takes no heads of 6 channels
         LocallyGroupedAttention(16, 2, 7),
         SubsampledAttention(16, 2, 2),
+        PooledAttention(16, 2, 7),
         WindowAttention(16, 2, 7, 3),
+        CrossShapedWindowAttention(16, 2, 5),
     ],
-    ids=['slide', 'slide tap-wise', 'locally grouped', 'subsampled', 'window'],
+    ids=['slide', 'slide tap-wise', 'locally grouped', 'subsampled', 'pooled', 'window', 'cross-shaped'],
 )
 def test_compiled_mixers(mixer):
     mixer = randomize(copy.deepcopy(mixer))

@@ -16,7 +16,7 @@ CONFIG = 'cascade-mask-rcnn_slide-pvt-mini_fpn_mini-coco.py'
 # Prints the backend that Slide Attention takes.
 CHOICE = """
 import torch
-from mmslide.ops.slide_attention import choose_backend
+from mmslide.ops.backends import choose_backend
 print('backend:', choose_backend(torch.empty(1, 4, 4, 2, 32), torch.empty(32, 9, 3, 3)))
 """
 ZOO_CONFIG = 'slide-pvt-t_fpn_8xb4-80k_ade20k-512x512.py'

@@ -11,9 +11,9 @@ from helpers import relative_error
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mmslide.ops import slide_attention
+from mmslide.ops.backends import triton_refusal
 from mmslide.ops.custom_op import custom_op
 from mmslide.ops.reference import reference
-from mmslide.ops.slide_attention import triton_refusal
 
 pytest.importorskip('triton')
 from mmslide.ops import triton_kernels
@@ -168,7 +168,7 @@ def test_refusals_on_a_gpu(shape, major, installed, refusal):
     with (
         FakeTensorMode(),
         mock.patch('torch.cuda.get_device_properties', return_value=SimpleNamespace(major=major, name='some GPU')),
-        mock.patch('mmslide.ops.slide_attention.find_spec', return_value=object() if installed else None),
+        mock.patch('mmslide.ops.backends.find_spec', return_value=object() if installed else None),
     ):
         q = torch.empty(1, 4, 4, 2, head_dims, device='cuda')
         weight = torch.empty(head_dims, kernel_size**2, kernel_size, kernel_size, device='cuda')

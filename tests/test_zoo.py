@@ -14,12 +14,13 @@ from mmcv.cnn.bricks import DropPath
 from torch import nn
 
 from mmslide.deploy import fuse
-from mmslide.models import SlidePVT, SlideSwin, TwinsPCPVT, TwinsSVT
+from mmslide.models import SlideCSWin, SlidePVT, SlidePVTv2, SlideSwin, TwinsPCPVT, TwinsSVT
 from mmslide.models.attention import SlideAttention
 
 DIMS, DEPTHS = (16, 32, 48, 64), (1, 2, 3, 2)
 ROW = dict(embed_dims=DIMS, depths=DEPTHS, num_heads=(1, 2, 3, 4), mlp_ratios=2)
 SR_ROW = dict(ROW, sr_ratios=(8, 4, 2, 1))
+STRIP_ROW = dict(ROW, num_heads=(2, 4, 6, 4), split_sizes=(1, 2, 3, 7))
 STAGES = range(4)
 
 
@@ -39,9 +40,16 @@ def padded(side, stage):
     return math.ceil(side / 2 ** (stage + 2))
 
 
+def strided(side, stage):
+    """A 7×7 convolution with stride 4 and padding 2, then 3×3 ones with stride 2 and padding 1."""
+    return math.ceil((side + 1) // 4 / 2**stage)
+
+
 ZOO = [
     Backbone(SlidePVT, SR_ROW, cropped),
+    Backbone(SlidePVTv2, SR_ROW, padded),
     Backbone(SlideSwin, ROW, padded),
+    Backbone(SlideCSWin, STRIP_ROW, strided),
     Backbone(TwinsPCPVT, SR_ROW, cropped),
     Backbone(TwinsSVT, SR_ROW, cropped, slides=lambda index: index % 2 == 0),
 ]
@@ -280,7 +288,7 @@ def test_arguments_have_names_that_tools_see(backbone):
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
-        (dict(arch='huge'), r"arch must be one of \[.*'small'.*\] or a dict, got arch='huge'"),
+        (dict(arch='huge'), r"arch must be one of \['.*'\] or a dict, got arch='huge'"),
         (dict(arch=None), r'arch must be one of .* or a dict, got arch=None'),
         (dict(arch=dict(embed_dims=(8,))), r'an arch dict must have the keys'),
         (dict(in_channels=0), r'in_channels must be a positive integer, got in_channels=0'),

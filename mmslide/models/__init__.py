@@ -1,5 +1,14 @@
+from .slide_cswin import SlideCSWin
 from .slide_pvt import SlidePVT
+from .slide_pvtv2 import SlidePVTv2
 from .slide_swin import SlideSwin
 from .twins import TwinsPCPVT, TwinsSVT
 
-__all__ = ['SlidePVT', 'SlideSwin', 'TwinsPCPVT', 'TwinsSVT']
+__all__ = [
+    'SlideCSWin',
+    'SlidePVT',
+    'SlidePVTv2',
+    'SlideSwin',
+    'TwinsPCPVT',
+    'TwinsSVT',
+]

@@ -64,3 +64,42 @@ class MLP(BaseModule):
             and norm.normalized_shape == x.shape[-1:]
             and all(parameter is not None and parameter.dtype == x.dtype for parameter in parameters)
         )
+
+
+class ConvMLP(BaseModule):
+    """PVTv2's MLP (arXiv 2106.13797, section 3.3), with a depthwise 3×3 convolution between the linear layers.
+
+    Args:
+        embed_dims: C of the map (B, H, W, C).
+        hidden_dims: channels between the two linear layers.
+        drop_rate: of both dropouts.
+        relu: one more activation before the depthwise convolution, as in the linear variant.
+    """
+
+    def __init__(self, embed_dims: int, hidden_dims: int, drop_rate: float = 0.0, relu: bool = False) -> None:
+        super().__init__()
+        self.layers: Any = nn.Sequential(
+            nn.Sequential(
+                nn.Linear(embed_dims, hidden_dims),
+                nn.ReLU() if relu else nn.Identity(),
+                DepthwiseConv(hidden_dims),
+                nn.GELU(),
+                nn.Dropout(drop_rate),
+            ),
+            nn.Linear(hidden_dims, embed_dims),
+            nn.Dropout(drop_rate),
+        )
+
+    def forward(self, x: Tensor, norm: Any) -> Tensor:
+        """The MLP of norm(x), (B, H, W, C) to the same, without the residual."""
+        return self.layers(norm(x))
+
+
+class DepthwiseConv(nn.Conv2d):
+    """A depthwise 3×3 convolution on channels-last maps: (B, H, W, C) to the same."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, channels, kernel_size=3, padding=1, groups=channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)

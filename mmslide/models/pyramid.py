@@ -80,7 +80,8 @@ class Pyramid(BaseModule):
         with_cp: recompute each block in backward instead of keeping its activations.
         norm_cfg: of all norms, as mmcv's `build_norm_layer` takes it.
         init_cfg: mmengine's. `dict(type='Pretrained', checkpoint=FILE_OR_URL, prefix=None)` reads every layout that
-            `mmslide.weights` knows; None draws linear weights from a truncated normal distribution with std 0.02.
+            `mmslide.weights` knows; None is `default_init_cfg`, by which linear weights are drawn from a truncated
+            normal distribution with std 0.02.
         deploy: the form for inference, see `mmslide.deploy.fuse`; fused checkpoints load into it, and all others.
 
     Raises:
@@ -90,6 +91,7 @@ class Pyramid(BaseModule):
 
     variants: ClassVar[Variants]
     optional: ClassVar[Mapping[str, float]] = {}
+    default_init_cfg: ClassVar[list[dict]] = [dict(type='TruncNormal', layer='Linear', std=0.02, bias=0.0)]
 
     arch: Arch
     _: KW_ONLY
@@ -110,7 +112,7 @@ class Pyramid(BaseModule):
     deploy: bool = False
 
     def __post_init__(self) -> None:
-        super().__init__(self.init_cfg or dict(type='TruncNormal', layer='Linear', std=0.02, bias=0.0))
+        super().__init__(self.init_cfg or self.default_init_cfg)
         self.row = pick_arch(self.arch, self.variants, self.optional)
         self.check_arguments()
         depths = self.row['depths']
@@ -252,3 +254,8 @@ class Pyramid(BaseModule):
         frozen = [self.stages[0].embed] if self.frozen_stages == 0 else self.stages[: max(0, self.frozen_stages)]
         for module in frozen:
             module.eval().requires_grad_(False)
+
+
+def reduction_norm(norm_cfg: dict) -> dict:
+    """Of patch embeddings and subsampled keys, where PVTv2 and Twins have another eps than in their blocks."""
+    return dict(norm_cfg, eps=1e-5)

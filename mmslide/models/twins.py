@@ -10,7 +10,7 @@ from mmslide.registry import MODELS
 from .arguments import per_stage
 from .attention import LocallyGroupedAttention, SubsampledAttention
 from .layers import PatchEmbed
-from .pyramid import Arch, Pyramid, Stage, StageNorm
+from .pyramid import Arch, Pyramid, Stage, StageNorm, reduction_norm
 
 PCPVT = dict(embed_dims=(64, 128, 320, 512), num_heads=(1, 2, 5, 8), mlp_ratios=(8, 8, 4, 4), sr_ratios=(8, 4, 2, 1))
 PCPVT_VARIANTS = {
@@ -138,11 +138,6 @@ class PEG(BaseModule):
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-
-
-def reduction_norm(norm_cfg: dict) -> dict:
-    """The authors give PatchEmbed's and sr's norms another eps than those of the blocks."""
-    return dict(norm_cfg, eps=1e-5)
 
 
 def is_local(index: int) -> bool:

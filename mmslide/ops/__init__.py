@@ -1,4 +1,5 @@
+from .backends import check_backend
 from .merge import fixed_shift, merge_paths
-from .slide_attention import check_backend, slide_attention
+from .slide_attention import slide_attention
 
 __all__ = ['check_backend', 'fixed_shift', 'merge_paths', 'slide_attention']

@@ -1,25 +1,8 @@
-import os
-import warnings
-from collections.abc import Callable
-from functools import partial
-from importlib.util import find_spec
-
 import torch
 from torch import Tensor
 
-from . import native
 from .autocast import without_autocast
-from .conv import conv
-from .custom_op import KERNELS, custom_op
-from .reference import reference
-from .unrolled import unrolled
-
-BACKENDS: dict[str, Callable[..., Tensor]] = {
-    'conv': conv,
-    'reference': reference,
-    'unrolled': unrolled,
-    **{name: partial(custom_op, backend=name) for name in KERNELS},
-}
+from .backends import BACKENDS, check_backend, choose_backend
 
 
 def slide_attention(
@@ -68,10 +51,11 @@ def slide_attention(
     check_backend('backend', backend)
     if backend is None:
         backend = choose_backend(q, weight)
-    if backend in REFUSALS and (reason := REFUSALS[backend](q, weight)):
+    chosen = BACKENDS[backend]
+    if reason := chosen.refusal(q, weight):
         raise ValueError(f"backend '{backend}' {reason}; take 'tapwise', or None for the best that can do it")
     if not q.numel():
-        backend = 'reference'  # convolutions and kernels do not take empty maps
+        chosen = BACKENDS['reference']  # convolutions and kernels do not take empty maps
     if scale is None:
         scale = q.shape[-1] ** -0.5
 
@@ -80,60 +64,10 @@ def slide_attention(
     if dropout_p > 0:
         keep = torch.rand(*q.shape[:-1], weight.shape[1], device=q.device) >= dropout_p
         dropout_mask = keep.to(dtype) / (1 - dropout_p)
-    maps = (q, k, v) if backend in KERNELS else (q.to(dtype), k.to(dtype), v.to(dtype))
+    maps = (q, k, v) if chosen.widens else (q.to(dtype), k.to(dtype), v.to(dtype))
     with without_autocast(q):
         parameters = (weight.to(dtype), bias.to(dtype), rpb.to(dtype))
-        return BACKENDS[backend](*maps, *parameters, scale, dropout_mask).to(q.dtype)
-
-
-def check_backend(name: str, value: str | None) -> None:
-    """Raises ValueError, which names the argument, if there is no such backend."""
-    if value is not None and value not in BACKENDS:
-        raise ValueError(f'{name} must be one of {sorted(BACKENDS)} or None, got {name}={value!r}')
-
-
-def choose_backend(q: Tensor, weight: Tensor) -> str:
-    """What `backend=None` takes: 'conv' on the meta device, 'native' on a CPU where it can, 'tapwise' everywhere else.
-
-    'triton' has to be asked for: its kernels agree with the reference in Triton's interpreter and compile for GPUs, but
-    have not run on a GPU yet.
-    """
-    if q.is_meta:
-        return 'conv'
-    reason = native.refusal(q, weight)
-    if reason and reason == native.why_none and not torch.compiler.is_compiling():
-        warnings.warn(f"backend 'native' {reason}; 'tapwise' stands in and is slower", stacklevel=3)
-    return 'tapwise' if reason else 'native'
-
-
-def triton_refusal(q: Tensor, weight: Tensor) -> str | None:
-    """Why the backend 'triton' cannot take these arguments, or None."""
-    head_dims, kernel_size = q.shape[-1], weight.shape[-1]
-    if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f'takes q, k and v in float32, float16 or bfloat16, got {q.dtype}'
-    if weight.dtype != torch.float32:
-        return f'takes weight, bias and rpb in float32, got {weight.dtype}'
-    if head_dims > 128:
-        return f'takes head sizes up to 128, got {head_dims}'
-    if kernel_size > 7:
-        return f'takes kernels up to 7×7, got {kernel_size}×{kernel_size}'
-    return _device_refusal(q.device)
-
-
-def _device_refusal(device: torch.device) -> str | None:
-    interpreted = device.type == 'cpu' and os.environ.get('TRITON_INTERPRET') == '1'
-    if device.type != 'cuda' and not interpreted:
-        return f'needs CUDA tensors (or TRITON_INTERPRET=1 for slow trials on a CPU), got {device.type}'
-    if find_spec('triton') is None:
-        return 'needs the package triton, which is not installed'
-    if device.type == 'cuda':
-        properties = torch.cuda.get_device_properties(device)
-        if torch.version.hip or properties.major < 8:
-            return f'needs an NVIDIA GPU of compute capability 8.0 or later, got {properties.name}'
-    return None
-
-
-REFUSALS = {'native': native.refusal, 'triton': triton_refusal}
+        return chosen.run(*maps, *parameters, scale, dropout_mask).to(q.dtype)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, bias: Tensor, rpb: Tensor, dropout_p: float) -> None:

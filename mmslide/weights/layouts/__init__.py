@@ -8,6 +8,7 @@ import re
 
 from mmslide.checkpoints import StateDict
 
+from .cswin import CSWIN
 from .keys import Layout
 from .pvt import PVT
 from .slide import fuse_slide_attention, slide_attention
@@ -17,7 +18,7 @@ from .twins import TWINS
 __all__ = ['FAMILIES', 'TARGETS', 'from_mmslide', 'fuse_slide_attention', 'slide_attention', 'to_mmslide']
 
 OURS = Layout('mmslide', r'^stages\.\d+\.embed\.', dict)
-FAMILIES = (SWIN, PVT, TWINS)
+FAMILIES = (SWIN, PVT, TWINS, CSWIN)
 LAYOUTS = (OURS, *(layout for family in FAMILIES for layout in family.layouts))  # the first that fits is taken
 TARGETS = list(dict.fromkeys(['mmslide', *(layout.target for layout in LAYOUTS if layout.target)]))
 

@@ -1,0 +1,89 @@
+"""All implementations of Slide Attention, what each can do, and which one is taken by default."""
+
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from . import native
+from .conv import conv
+from .custom_op import custom_op
+from .reference import reference
+from .unrolled import unrolled
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation.
+
+    Args:
+        run: takes q, k, v, weight, bias, rpb, scale and dropout_mask.
+        refusal: why it cannot take q and weight, or None.
+        widens: takes q, k and v in their own dtype, and widens them bit by bit.
+    """
+
+    run: Callable[..., Tensor]
+    refusal: Callable[[Tensor, Tensor], str | None] = lambda q, weight: None
+    widens: bool = False
+
+
+def triton_refusal(q: Tensor, weight: Tensor) -> str | None:
+    """Why the backend 'triton' cannot take these arguments, or None."""
+    head_dims, kernel_size = q.shape[-1], weight.shape[-1]
+    if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f'takes q, k and v in float32, float16 or bfloat16, got {q.dtype}'
+    if weight.dtype != torch.float32:
+        return f'takes weight, bias and rpb in float32, got {weight.dtype}'
+    if head_dims > 128:
+        return f'takes head sizes up to 128, got {head_dims}'
+    if kernel_size > 7:
+        return f'takes kernels up to 7×7, got {kernel_size}×{kernel_size}'
+    return _device_refusal(q.device)
+
+
+def _device_refusal(device: torch.device) -> str | None:
+    interpreted = device.type == 'cpu' and os.environ.get('TRITON_INTERPRET') == '1'
+    if device.type != 'cuda' and not interpreted:
+        return f'needs CUDA tensors (or TRITON_INTERPRET=1 for slow trials on a CPU), got {device.type}'
+    if find_spec('triton') is None:
+        return 'needs the package triton, which is not installed'
+    if device.type == 'cuda':
+        properties = torch.cuda.get_device_properties(device)
+        if torch.version.hip or properties.major < 8:
+            return f'needs an NVIDIA GPU of compute capability 8.0 or later, got {properties.name}'
+    return None
+
+
+BACKENDS = {
+    'conv': Backend(conv),
+    'reference': Backend(reference),
+    'unrolled': Backend(unrolled),
+    'tapwise': Backend(partial(custom_op, backend='tapwise'), widens=True),
+    'native': Backend(partial(custom_op, backend='native'), native.refusal, widens=True),
+    'triton': Backend(partial(custom_op, backend='triton'), triton_refusal, widens=True),
+}
+
+
+def check_backend(name: str, value: str | None) -> None:
+    """Raises ValueError, which names the argument, if there is no such backend."""
+    if value is not None and value not in BACKENDS:
+        raise ValueError(f'{name} must be one of {sorted(BACKENDS)} or None, got {name}={value!r}')
+
+
+def choose_backend(q: Tensor, weight: Tensor) -> str:
+    """What `backend=None` takes: 'conv' on the meta device, 'native' on a CPU where it can, 'tapwise' everywhere else.
+
+    'triton' has to be asked for: its kernels agree with the reference in Triton's interpreter and compile for GPUs, but
+    have not run on a GPU yet.
+    """
+    if q.is_meta:
+        return 'conv'
+    reason = native.refusal(q, weight)
+    if reason and reason == native.why_none and not torch.compiler.is_compiling():
+        warnings.warn(f"backend 'native' {reason}; 'tapwise' stands in and is slower", stacklevel=3)
+    return 'tapwise' if reason else 'native'
