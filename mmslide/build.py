@@ -1,4 +1,6 @@
 import copy
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -38,20 +40,32 @@ def load_weights(model: nn.Module, state: StateDict, checkpoint: str | Path, con
     Raises:
         ValueError: keys are missing, unexpected, or of another shape.
     """
+    try:
+        problems = load_what_fits(model, state)
+    except (RuntimeError, ValueError) as error:  # of modules that convert what they load
+        raise ValueError(f'{checkpoint} does not fit {config}: {error}') from error
+    if problems:
+        raise ValueError(f'{checkpoint} does not fit {config}: {counted(problems)}')
+
+
+def load_what_fits(model: nn.Module, state: StateDict) -> dict[str, list[str]]:
+    """Loads the tensors of a state dict that fit a model; the keys that do not, by what is wrong with them."""
     shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     other = [key for key in state if shapes.get(key, tuple(state[key].shape)) != tuple(state[key].shape)]
-    try:
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', '.*copying from a non-meta parameter', UserWarning)
         missing, unexpected = model.load_state_dict(
             {key: value for key, value in state.items() if key not in other}, strict=False
         )
-    except (RuntimeError, ValueError) as error:  # of modules that convert what they load
-        raise ValueError(f'{checkpoint} does not fit {config}: {error}') from error
     problems = {
         # PyTorch before 0.4.1 counted no batches.
         'missing': [key for key in missing if key not in other and not key.endswith('num_batches_tracked')],
         'unexpected': unexpected,
         'of another shape': [f'{key} {tuple(state[key].shape)} instead of {shapes[key]}' for key in other],
     }
-    if any(problems.values()):
-        problem = ', '.join(f'{len(keys)} keys {what} ({listed(keys)})' for what, keys in problems.items() if keys)
-        raise ValueError(f'{checkpoint} does not fit {config}: {problem}')
+    return {what: keys for what, keys in problems.items() if keys}
+
+
+def counted(problems: Mapping[str, Sequence[str]], limit: int = 3) -> str:
+    """What `load_what_fits` returns, in words."""
+    return ', '.join(f'{len(keys)} keys {what} ({listed(keys, limit)})' for what, keys in problems.items())

@@ -18,7 +18,7 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 from mmengine.utils import import_modules_from_strings
 
-from mmslide.build import build_model, load_weights
+from mmslide.build import build_model, counted, load_weights, load_what_fits
 from mmslide.checkpoints import find_state_dict, meta_of, non_finite, read_checkpoint
 from mmslide.data import data_prefixes, dicts, move_data, named_dicts, unwrapped
 from mmslide.files import find_config, refuse_inputs
@@ -224,9 +224,11 @@ def fall_back_to_cpu(config: Config) -> None:
 def check_pretrained(config: Config) -> None:
     """Fetches and reads what `init_cfg` and `load_from` start from, before anything is written.
 
+    What `load_from` does not fill, such as heads with another number of classes, starts fresh, with a warning.
+
     Raises:
         OSError: it cannot be read or downloaded; the message says how to do without.
-        ValueError: it is damaged, or holds more than weights.
+        ValueError: it is damaged, or holds more than weights; nothing of `load_from` fits the model.
     """
     for path, node in named_dicts(config.model, 'model'):
         if node.get('type') in ('Pretrained', 'PretrainedInit') and node.get('checkpoint'):
@@ -238,7 +240,16 @@ def check_pretrained(config: Config) -> None:
                     f'{error}. --cfg-options {path}.checkpoint=FILE takes a file, {init_cfg}=None starts from scratch'
                 ) from error
     if config.get('load_from') and not config.get('resume'):
-        read_checkpoint(config.load_from)
+        state = find_state_dict(read_checkpoint(config.load_from), config.load_from)
+        problems = load_what_fits(build_model(config, 'meta'), state)
+        if sum(len(keys) for what, keys in problems.items() if what != 'missing') == len(state):
+            raise ValueError(f'nothing in load_from={config.load_from} fits the model: {counted(problems)}')
+        if problems:
+            warnings.warn(
+                f'load_from={config.load_from} does not fit the whole model, and what it does not fill starts fresh: '
+                f'{counted(problems, 20)}',
+                stacklevel=2,
+            )
 
 
 def check_model(config: Config, name: str, checkpoint: str | None = None) -> None:

@@ -17,16 +17,18 @@ from mmengine.structures import PixelData
 from mmseg.structures import SegDataSample
 from torch import nn
 
-from mmslide.models import slide_pvt, slide_swin, twins
+from mmslide.build import build_model, load_what_fits
 
 ROOT = Path(__file__).parents[1]
 BASES = sorted((ROOT / 'configs/_base_').rglob('*.py'))
 CONFIGS = sorted(set((ROOT / 'configs').rglob('*.py')) - set(BASES))
-ZOO = [path for path in CONFIGS if path.parent.name != 'mini']
+MINI = [path for path in CONFIGS if path.parent.name == 'mini']
+FINETUNE = [path for path in CONFIGS if path.parent.name == 'finetune']
+ZOO = [path for path in CONFIGS if path not in (*MINI, *FINETUNE)]
 METAFILES = sorted((ROOT / 'configs').rglob('metafile.yml'))
 
 VARIABLES = {
-    *('dataset_type', 'data_root', 'image_scale', 'crop_size', 'meta_keys'),
+    *('dataset_type', 'data_root', 'image_scale', 'crop_size', 'meta_keys', 'metainfo'),
     *('train_pipeline', 'test_pipeline', 'tta_pipeline', 'short_sides', 'multi_scale_crop'),
     *('max_epochs', 'max_iters', 'warmup_iters', 'pretrained'),
     *('num_classes', 'rpn_nms', 'boxes', 'norm_cfg', 'iou_thresholds', 'target_stds'),
@@ -36,16 +38,11 @@ KNOWN_KEYS = set(inspect.signature(Runner.__init__).parameters) | {'custom_impor
 # How the files of the hosts' ImageNet weights begin.
 PRETRAINED = {
     'mmslide.SlidePVT': 'pvt',
+    'mmslide.SlidePVTv2': 'pvt_v2',
     'mmslide.SlideSwin': 'swin',
+    'mmslide.SlideCSWin': 'cswin',
     'mmslide.TwinsPCPVT': 'pcpvt',
     'mmslide.TwinsSVT': 'alt_gvt',
-}
-
-VARIANTS = {
-    'mmslide.SlidePVT': slide_pvt.VARIANTS,
-    'mmslide.SlideSwin': slide_swin.VARIANTS,
-    'mmslide.TwinsPCPVT': twins.PCPVT_VARIANTS,
-    'mmslide.TwinsSVT': twins.SVT_VARIANTS,
 }
 
 every_config = pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
@@ -55,6 +52,11 @@ zoo_config = pytest.mark.parametrize('path', ZOO, ids=lambda path: path.stem)
 @cache
 def load(path: Path) -> Config:
     return Config.fromfile(path)
+
+
+@cache
+def build(path: Path) -> nn.Module:
+    return build_model(load(path), 'meta')
 
 
 def host_of(path: Path) -> Path:
@@ -91,9 +93,7 @@ def test_keys(path):
 def test_everything_builds(path):
     cfg = load(path)
     with DefaultScope.overwrite_default_scope(cfg.default_scope):
-        model = MODELS.build(cfg.model)
-        if 'tta_model' in cfg:
-            MODELS.build(dict(cfg.tta_model, module=model))
+        MODELS.build(dict(cfg.tta_model, module=build(path)))
         for pipeline in ('train_pipeline', 'test_pipeline', 'tta_pipeline'):
             for transform in cfg.get(pipeline, []):
                 TRANSFORMS.build(transform)
@@ -107,7 +107,7 @@ def test_puts_out_what_is_used(path):
     """The norm of an unused output would get no gradient, which distributed training refuses."""
     model = load(path).model
     arch = model.backbone.arch
-    row = VARIANTS[model.backbone.type][arch] if isinstance(arch, str) else arch
+    row = MODELS.get(model.backbone.type).variants[arch] if isinstance(arch, str) else arch
     channels = [row['embed_dims'][index] for index in model.backbone.get('out_indices', range(4))]
     neck = model.get('neck')
     if neck:
@@ -126,17 +126,16 @@ def kind_of(path):
 
 @pytest.mark.parametrize(
     'kind',
-    # No config here is RetinaNet on Slide-Swin, the one backbone that norms its outputs alone.
-    [*sorted({kind_of(path) for path in CONFIGS}), ('RetinaNet', True, 'mmslide.SlideSwin')],
+    # No config here is RetinaNet on a backbone that norms its outputs alone.
+    [*sorted({kind_of(path) for path in (*ZOO, *MINI)}), ('RetinaNet', True, 'mmslide.SlideSwin')],
     ids=lambda kind: f'{kind[0]}-{"neck" if kind[1] else "no neck"}-{kind[2]}',
 )
 def test_every_parameter_gets_a_gradient(kind):
-    path = next(path for path in CONFIGS if kind_of(path)[:2] == kind[:2])
+    path = next(path for path in (*ZOO, *MINI) if kind_of(path)[:2] == kind[:2])
     model = copy.deepcopy(load(path).model)
     dims = [16, 32, 64, 128]
-    arch = dict(embed_dims=dims, depths=[2, 2, 2, 2], num_heads=[1, 2, 4, 8], mlp_ratios=2)
-    if kind[2] != 'mmslide.SlideSwin':
-        arch['sr_ratios'] = [8, 4, 2, 1]
+    row = next(iter(MODELS.get(kind[2]).variants.values()))
+    arch = dict(row, embed_dims=dims, depths=[2, 2, 2, 2], num_heads=[2, 2, 4, 8], mlp_ratios=2)
     model.backbone = dict(type=kind[2], arch=arch, out_indices=model.backbone.get('out_indices', range(4)))
     channels = [dims[index] for index in model.backbone.out_indices]
     if 'neck' in model:
@@ -166,10 +165,11 @@ def test_starts_from_weights_of_the_host(path):
     cfg = load(path)
     backbone = cfg.model.backbone
     assert backbone.init_cfg.type == 'Pretrained'
-    assert re.search(rf'/{PRETRAINED[backbone.type]}_{backbone.arch}[_.]', backbone.init_cfg.checkpoint)
-    host, size = re.search(r'([a-z]+)-(\w)_', path.name).groups()
-    assert host in backbone.type.lower()
-    assert size == backbone.arch[0]
+    weights = f'{PRETRAINED[backbone.type]}_{backbone.arch}'.replace('-', '_')
+    assert re.search(rf'/{weights}(_2|_patch|\.)', backbone.init_cfg.checkpoint)
+    host, size = re.search(r'([a-z]+(?:v2)?)-(mini|b\d(?:-li)?|\w)_', path.name).groups()
+    assert backbone.type.lower().endswith(host)
+    assert backbone.arch.startswith(size)
 
 
 @every_config
@@ -206,35 +206,54 @@ def test_runtime(path):
     assert cfg.auto_scale_lr == dict(enable=False, base_batch_size=gpus * images)
 
 
+# What the schedules have, and what the sizes' drop path rates are: learning rate, weight decay, precision.
+PVT_1X, RETINANET_1X = (2e-4, 1e-4, 'full'), (1e-4, 1e-4, 'full')
+SWIN_3X, SWIN_3X_AMP = (1e-4, 0.05, 'full'), (1e-4, 0.05, 'amp')
+FPN_40K, FPN_80K = (2e-4, 1e-4, 'full'), (1e-4, 1e-4, 'full')
+UPERNET = (6e-5, 0.01, 'full')
+PVTV2, TWINS = ('b0', 'b1', 'b2', 'b2-li', 'b3'), ('pcpvt-s', 'pcpvt-b', 'pcpvt-l', 'svt-s', 'svt-b', 'svt-l')
+SETTINGS = {
+    'mask-rcnn_pvt-{}_fpn_1x_coco': (PVT_1X, dict(t=0.1, s=0.2, m=0.1, l=0.2)),
+    'retinanet_pvt-{}_fpn_1x_coco': (RETINANET_1X, dict(t=0.1, s=0.1, m=0.2, l=0.3)),
+    'pvt-{}_fpn_8xb4-40k_ade20k-512x512': (FPN_40K, dict(t=0.1, s=0.1, m=0.2, l=0.1)),
+    'mask-rcnn_swin-{}_fpn_ms-crop-3x_coco': (SWIN_3X, dict(t=0.1)),
+    'cascade-mask-rcnn_swin-{}_fpn_ms-crop-3x_coco': (SWIN_3X, dict(t=0.1, s=0.1, b=0.4)),
+    'swin-{}_upernet_8xb2-160k_ade20k-512x512': (UPERNET, dict(t=0.3, s=0.3, b=0.5)),
+    'swin-{}_upernet_8xb2-layer-decay-160k_ade20k-512x512': (UPERNET, dict(t=0.3)),
+    'mask-rcnn_pvtv2-{}_fpn_1x_coco': (PVT_1X, dict.fromkeys(PVTV2, 0.1)),
+    'mask-rcnn_pvtv2-{}_fpn_8xb1-1x_coco': ((2e-4 / 1.4, 1e-4, 'full'), dict(b4=0.1, b5=0.1)),
+    'retinanet_pvtv2-{}_fpn_1x_coco': (RETINANET_1X, dict.fromkeys(PVTV2, 0.1)),
+    'retinanet_pvtv2-{}_fpn_8xb1-1x_coco': ((1e-4 / 1.4, 1e-4, 'full'), dict(b4=0.1, b5=0.1)),
+    'mask-rcnn_pvtv2-{}_fpn_ms-crop-3x_coco': (SWIN_3X_AMP, dict(b0=0.1, b2=0.1)),
+    'cascade-mask-rcnn_pvtv2-{}_fpn_ms-crop-3x_coco': (SWIN_3X_AMP, {'b2': 0.1, 'b2-li': 0.1}),
+    'pvtv2-{}_fpn_8xb4-40k_ade20k-512x512': (FPN_40K, dict.fromkeys(('b0', 'b1', 'b2', 'b3', 'b4', 'b5'), 0.1)),
+    'mask-rcnn_cswin-{}_fpn_ms-crop-3x_coco': (SWIN_3X, dict(t=0.2, s=0.4, b=0.5)),
+    'cascade-mask-rcnn_cswin-{}_fpn_ms-crop-3x_coco': (SWIN_3X, dict(t=0.2, s=0.4, b=0.5)),
+    'cswin-{}_upernet_8xb2-160k_ade20k-512x512': (UPERNET, dict(t=0.3, s=0.4, b=0.6)),
+    'cswin-{}_fpn_8xb4-80k_ade20k-512x512': (FPN_80K, dict(t=0.3, s=0.4, b=0.6)),
+    'mask-rcnn_twins-{}_fpn_1x_coco': (PVT_1X, dict.fromkeys(TWINS, 0.2)),
+    'retinanet_twins-{}_fpn_1x_coco': (RETINANET_1X, dict.fromkeys(TWINS, 0.2)),
+    'mask-rcnn_twins-{}_fpn_ms-crop-3x_coco': (SWIN_3X_AMP, dict.fromkeys(TWINS, 0.2)),
+    'retinanet_twins-{}_fpn_ms-crop-3x_coco': (SWIN_3X_AMP, dict.fromkeys(TWINS, 0.2)),
+    'twins-{}_fpn_8xb4-80k_ade20k-512x512': (FPN_80K, {**dict.fromkeys(TWINS, 0.2), 'svt-l': 0.3}),
+    'twins-{}_upernet_8xb2-160k_ade20k-512x512': (UPERNET, {**dict.fromkeys(TWINS, 0.2), 'svt-l': 0.3}),
+}
+
+
 def test_settings():
-    """The Slide-Transformer paper gives none: the hosts' settings."""
-
-    def settings(name):
-        cfg = load(next(path for path in ZOO if path.stem == name))
+    """What the hosts' authors and the laboratory of Slide-Transformer have published; Slide as its host."""
+    expected = {
+        name.format(size): (*settings, drop_path)
+        for name, (settings, sizes) in SETTINGS.items()
+        for size, drop_path in sizes.items()
+    }
+    for path in ZOO:
+        cfg = load(path)
         optimizer = cfg.optim_wrapper.optimizer
-        return optimizer.lr, optimizer.weight_decay, cfg.model.backbone.drop_path_rate, cfg.optim_wrapper.type
-
-    amp, full = 'AmpOptimWrapper', 'OptimWrapper'
-    assert settings('mask-rcnn_slide-pvt-t_fpn_1x_coco') == (2e-4, 1e-4, 0.1, full)
-    assert settings('mask-rcnn_slide-pvt-s_fpn_1x_coco') == (2e-4, 1e-4, 0.2, full)
-    assert settings('mask-rcnn_slide-pvt-m_fpn_1x_coco') == (2e-4, 1e-4, 0.2, full)
-    assert settings('mask-rcnn_slide-swin-t_fpn_ms-crop-3x_coco') == (1e-4, 0.05, 0.2, amp)
-    for size, drop_path in dict(t=0.2, s=0.2, b=0.4).items():
-        assert settings(f'cascade-mask-rcnn_slide-swin-{size}_fpn_ms-crop-3x_coco') == (1e-4, 0.05, drop_path, amp)
-    for size, drop_path in dict(t=0.1, s=0.2, m=0.2).items():
-        assert settings(f'retinanet_slide-pvt-{size}_fpn_1x_coco') == (1e-4, 1e-4, drop_path, full)
-    for size in 'ts':
-        assert settings(f'slide-pvt-{size}_fpn_8xb4-80k_ade20k-512x512') == (1e-4, 1e-4, 0.2, full)
-        assert settings(f'slide-swin-{size}_upernet_8xb2-160k_ade20k-512x512') == (6e-5, 0.01, 0.3, full)
-    assert settings('slide-swin-t_upernet_8xb2-layer-decay-160k_ade20k-512x512') == (6e-5, 0.01, 0.3, full)
-    for model in ('pcpvt-s', 'pcpvt-b', 'pcpvt-l', 'svt-s', 'svt-b', 'svt-l'):
-        assert settings(f'mask-rcnn_twins-{model}_fpn_1x_coco') == (2e-4, 1e-4, 0.2, full)
-        assert settings(f'mask-rcnn_twins-{model}_fpn_ms-crop-3x_coco') == (1e-4, 0.05, 0.2, amp)
-        assert settings(f'retinanet_twins-{model}_fpn_1x_coco') == (1e-4, 1e-4, 0.2, full)
-        assert settings(f'retinanet_twins-{model}_fpn_ms-crop-3x_coco') == (1e-4, 0.05, 0.2, amp)
-        drop_path = 0.3 if model == 'svt-l' else 0.2
-        assert settings(f'twins-{model}_fpn_8xb4-80k_ade20k-512x512') == (1e-4, 1e-4, drop_path, full)
-        assert settings(f'twins-{model}_upernet_8xb2-160k_ade20k-512x512') == (6e-5, 0.01, drop_path, full)
+        precision = {'OptimWrapper': 'full', 'AmpOptimWrapper': 'amp'}[cfg.optim_wrapper.type]
+        actual = optimizer.lr, optimizer.weight_decay, precision, cfg.model.backbone.drop_path_rate
+        assert actual == expected[host_of(path).stem], path.stem
+    assert set(expected) == {host_of(path).stem for path in ZOO}
 
 
 @pytest.mark.parametrize('path', [path for path in ZOO if path.name.find('slide-') >= 0], ids=lambda path: path.stem)
@@ -248,9 +267,8 @@ def test_host_differs_in_its_attention_alone(path):
     'path', [path for path in ZOO if 'paramwise_cfg' in load(path).optim_wrapper], ids=lambda path: path.stem
 )
 def test_weight_decay(path):
-    cfg = load(path)
+    cfg, model = load(path), build(path)
     with DefaultScope.overwrite_default_scope(cfg.default_scope):
-        model = MODELS.build(cfg.model)
         # AmpOptimWrapper wants a GPU; the groups are the same.
         optim_wrapper = build_optim_wrapper(model, dict(cfg.optim_wrapper, type='OptimWrapper'))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -267,22 +285,33 @@ def test_weight_decay(path):
         if isinstance(module, nn.LayerNorm)
         for key, _ in module.named_parameters()
     }
-    depths = [len(stage.blocks) for stage in model.backbone.stages]
-    host = cfg.model.backbone.type
-    layers = {
-        'mmslide.SlideSwin': 2 * sum(depths) + 1 + 3 + 4,  # blocks, patch embedding, mergings, outputs
-        'mmslide.TwinsPCPVT': 2 * sum(depths) + 4 + sum(depths[:3]),  # blocks, patch embeddings, subsampled keys
-        'mmslide.TwinsSVT': 2 * sum(depths) + 4 + sum(depth // 2 for depth in depths[:3]) + 4,  # and stages
-    }
-    assert len(norms) == 2 * layers[host]
     peg = {name for name in names.values() if '.peg.' in name}
-    assert len(peg) == (0 if host == 'mmslide.SlideSwin' else 2 * 4)
     table = {name for name in names.values() if name.endswith('.relative_position_bias_table')}
     slide = {name for name in names.values() if name.endswith('.relative_position_bias')}
+    host, depths = cfg.model.backbone.type, [len(stage.blocks) for stage in model.backbone.stages]
     slides = 'slide-' in path.name
-    assert len(slide) == (depths[0] + depths[1] if slides else 0)
-    assert len(table) == (sum(depths) - len(slide) if host == 'mmslide.SlideSwin' else 0)
+    assert len(norms) > 2 * 2 * sum(depths)
+    assert len(peg) == (2 * 4 if 'Twins' in host else 0)
+    assert len(slide) == (sum(depths[:2]) if slides else 0)
+    biased = host in ('mmslide.SlideSwin', 'mmslide.SlideNAT')
+    assert len(table) == (sum(depths) - len(slide) if biased else 0)
     assert {name for name, value in decay.items() if value == 0} == norms | table | slide | peg
+
+
+@pytest.mark.parametrize('path', FINETUNE, ids=lambda path: path.stem)
+def test_fine_tuning_starts_from_all_but_the_last_layers_of_the_heads(path):
+    cfg = load(path)
+    folder, checkpoint = Path(cfg.load_from).parts[-2:]
+    source = next(x for x in ZOO if x.stem == folder)
+    length = load(source).train_cfg
+    assert checkpoint in (f'epoch_{length.get("max_epochs")}.pth', f'iter_{length.get("max_iters")}.pth')
+    assert cfg.model.backbone.init_cfg is None
+    heads = [module for module in build(path).modules() if hasattr(module, 'num_classes')]
+    assert {head.num_classes for head in heads} - {1} == {len(cfg.metainfo.classes)}  # 1 is of proposals
+    problems = load_what_fits(build(path), build(source).state_dict())
+    assert set(problems) == {'of another shape'}
+    names = {re.match(r'\S+head\.(\w+)\.(weight|bias) ', problem)[1] for problem in problems['of another shape']}
+    assert names <= {'fc_cls', 'fc_reg', 'conv_logits', 'conv_seg'}
 
 
 def test_metafiles():

@@ -3,6 +3,7 @@ import logging
 import re
 import shutil
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ from helpers import tool_error
 from mmengine.config import Config
 
 from mmslide import engine
+from mmslide.build import build_model
 from mmslide.messages import INPUT_ERRORS, exit_on
 
 CONFIG = """
@@ -332,6 +334,28 @@ def test_pretrained_weights_that_cannot_be_had(checkpoint, tmp_path, monkeypatch
             engine.check_pretrained(config)
     with pytest.raises(OSError, match=re.escape(checkpoint)):
         engine.check_pretrained(Config(dict(model={}, load_from=checkpoint)))
+
+
+def test_what_load_from_does_not_fill_is_named(tmp_path):
+    mini = Path(__file__).parents[1] / 'configs/mini'
+    config = Config.fromfile(next(mini.glob('slide-swin-mini_upernet_*.py')))
+    state, config.load_from = build_model(config).state_dict(), str(tmp_path / 'whole.pth')
+    torch.save(dict(state_dict=state), config.load_from)
+    with warnings.catch_warnings():
+        warnings.filterwarnings('error', 'load_from')
+        engine.check_pretrained(config)
+
+    config.model.decode_head.num_classes = 4
+    weight = re.escape('(decode_head.conv_seg.weight (150, 64, 1, 1) instead of (4, 64, 1, 1), ')
+    with pytest.warns(UserWarning, match=f'{config.load_from} .* starts fresh: 2 keys of another shape {weight}'):
+        engine.check_pretrained(config)
+    config.resume = True  # then it has to fit whole, and is compared elsewhere
+    engine.check_pretrained(config)
+
+    config.update(resume=False, load_from=str(tmp_path / 'other.pth'))
+    torch.save({'decode_head.conv_seg.bias': state['decode_head.conv_seg.bias'], 'x': torch.ones(1)}, config.load_from)
+    with pytest.raises(ValueError, match=r'nothing in .*other\.pth fits .* 1 keys unexpected \(x\), 1 keys of another'):
+        engine.check_pretrained(config)
 
 
 def test_options_that_the_config_cannot_serve_are_refused():

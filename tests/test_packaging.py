@@ -19,7 +19,7 @@ import torch
 from mmslide.ops.backends import choose_backend
 print('backend:', choose_backend(torch.empty(1, 4, 4, 2, 32), torch.empty(32, 9, 3, 3)))
 """
-ZOO_CONFIG = 'slide-pvt-t_fpn_8xb4-80k_ade20k-512x512.py'
+ZOO_CONFIG = 'slide-pvt-t_fpn_8xb4-40k_ade20k-512x512.py'
 
 pytestmark = pytest.mark.slow
 

@@ -218,6 +218,37 @@ def test_twins_trained_resumed_and_tested(task, request, tmp_path):
     assert metric in tool('test', config, second, '--work-dir', tmp_path / 'test', *options)
 
 
+FINE_TUNING = """
+_base_ = {config!r}
+load_from = {checkpoint!r}
+metainfo = dict(classes={classes})
+train_dataloader = dict(dataset=dict(metainfo=metainfo))
+val_dataloader = dict(dataset=dict(metainfo=metainfo))
+test_dataloader = val_dataloader
+"""
+
+
+@pytest.mark.parametrize('task', ['detection', 'segmentation'])
+def test_fine_tuned_for_other_classes(task, request, tmp_path):
+    """As the configs in configs/finetune do it, with small models."""
+    if task == 'detection':
+        config, whole, classes = DETECTOR, 'detector', ('sports ball', 'kite', 'tv')
+        heads = [f'roi_head.bbox_head.{stage}' for stage in (0, 1)]
+        more, number, metric = ['train_cfg.max_epochs=1', 'train_cfg.val_interval=1'], 4, 'segm_mAP_50'
+    else:
+        config, whole, classes = SEGMENTOR, 'segmentor', ('wall', 'box', 'ball', 'flag')
+        heads, more, number, metric = ['decode_head'], [], 2, 'mIoU'
+    path = tmp_path / 'config.py'
+    checkpoint = str(request.getfixturevalue(whole))
+    path.write_text(FINE_TUNING.format(config=str(config), checkpoint=checkpoint, classes=classes))
+    options = [*request.getfixturevalue(task), *more, *(f'model.{head}.num_classes={len(classes)}' for head in heads)]
+    output = tool('train', path, '--work-dir', tmp_path / 'work', *options)
+    # Of box heads classes and boxes' layers would start fresh, but these boxes are the same for all classes.
+    assert f'starts fresh: {number} keys of another shape (' in output
+    assert f'Load checkpoint from {checkpoint}' in output
+    assert metric in output
+
+
 def test_two_processes_on_a_cpu(detection, tmp_path):
     environment = {**os.environ, 'PATH': os.pathsep.join([str(Path(sys.executable).parent), os.environ['PATH']])}
     command = [REPOSITORY / 'tools/dist_train.sh', DETECTOR, 2, '--work-dir', tmp_path / 'work', *detection]

@@ -56,7 +56,7 @@ train_pipeline = [
 test_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='Resize', scale=image_scale, keep_ratio=True),
-    dict(type='LoadAnnotations', reduce_zero_label=True),  # behind Resize: annotations keep their size
+    dict(type='LoadAnnotations', reduce_zero_label=True),  # after Resize: annotations keep their size
     dict(type='PackSegInputs'),
 ]
 tta_pipeline = [

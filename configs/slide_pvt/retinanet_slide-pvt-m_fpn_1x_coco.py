@@ -1,8 +1,3 @@
 _base_ = 'retinanet_slide-pvt-t_fpn_1x_coco.py'
-model = dict(
-    backbone=dict(
-        arch='medium',
-        drop_path_rate=0.2,
-        init_cfg=dict(checkpoint='https://github.com/whai362/PVT/releases/download/v2/pvt_medium.pth'),
-    )
-)
+pretrained = 'https://github.com/whai362/PVT/releases/download/v2/pvt_medium.pth'
+model = dict(backbone=dict(arch='medium', drop_path_rate=0.2, init_cfg=dict(checkpoint=pretrained)))

@@ -1,9 +1,4 @@
-_base_ = [
-    '../_base_/models/upernet.py',
-    '../_base_/datasets/ade20k.py',
-    '../_base_/schedules/upernet_160k.py',
-    '../_base_/default_runtime_seg.py',
-]
+_base_ = '../_base_/recipes/upernet_8xb2-160k_ade20k-512x512.py'
 pretrained = 'https://github.com/SwinTransformer/storage/releases/download/v1.0.0/swin_tiny_patch4_window7_224.pth'
 model = dict(
     backbone=dict(
@@ -15,4 +10,3 @@ model = dict(
     decode_head=dict(in_channels=[96, 192, 384, 768]),
     auxiliary_head=dict(in_channels=384),
 )
-train_dataloader = dict(batch_size=2, num_workers=2)

@@ -1,9 +1,4 @@
-_base_ = [
-    '../_base_/models/mask-rcnn.py',
-    '../_base_/datasets/coco_instance.py',
-    '../_base_/schedules/pvt_1x.py',
-    '../_base_/default_runtime_det.py',
-]
+_base_ = '../_base_/recipes/mask-rcnn_fpn_1x_coco.py'
 pretrained = 'https://download.openmmlab.com/mmsegmentation/v0.5/pretrain/twins/pcpvt_small_20220308-e638c41c.pth'
 model = dict(
     backbone=dict(

@@ -1,9 +1,4 @@
-_base_ = [
-    '../_base_/models/mask-rcnn.py',
-    '../_base_/datasets/coco_instance_ms-crop.py',
-    '../_base_/schedules/swin_3x.py',
-    '../_base_/default_runtime_det.py',
-]
+_base_ = '../_base_/recipes/mask-rcnn_fpn_ms-crop-3x_coco.py'
 pretrained = 'https://download.openmmlab.com/mmsegmentation/v0.5/pretrain/twins/pcpvt_small_20220308-e638c41c.pth'
 model = dict(
     backbone=dict(
@@ -14,3 +9,4 @@ model = dict(
     ),
     neck=dict(in_channels=[64, 128, 320, 512]),
 )
+optim_wrapper = dict(type='AmpOptimWrapper')

@@ -1,9 +1,4 @@
-_base_ = [
-    '../_base_/models/retinanet.py',
-    '../_base_/datasets/coco_detection.py',
-    '../_base_/schedules/pvt_1x.py',
-    '../_base_/default_runtime_det.py',
-]
+_base_ = '../_base_/recipes/retinanet_fpn_1x_coco.py'
 pretrained = 'https://download.openmmlab.com/mmsegmentation/v0.5/pretrain/twins/pcpvt_small_20220308-e638c41c.pth'
 model = dict(
     backbone=dict(
@@ -14,4 +9,3 @@ model = dict(
     ),
     neck=dict(in_channels=[128, 320, 512]),
 )
-optim_wrapper = dict(optimizer=dict(lr=1e-4))

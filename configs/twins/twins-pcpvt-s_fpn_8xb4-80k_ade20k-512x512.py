@@ -1,9 +1,4 @@
-_base_ = [
-    '../_base_/models/semantic-fpn.py',
-    '../_base_/datasets/ade20k.py',
-    '../_base_/schedules/semantic-fpn_80k.py',
-    '../_base_/default_runtime_seg.py',
-]
+_base_ = '../_base_/recipes/fpn_8xb4-80k_ade20k-512x512.py'
 pretrained = 'https://download.openmmlab.com/mmsegmentation/v0.5/pretrain/twins/pcpvt_small_20220308-e638c41c.pth'
 model = dict(
     backbone=dict(

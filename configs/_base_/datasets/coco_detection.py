@@ -10,7 +10,7 @@ train_pipeline = [
 test_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='Resize', scale={{_base_.image_scale}}, keep_ratio=True),
-    dict(type='LoadAnnotations', with_bbox=True),  # behind Resize: annotations keep their size
+    dict(type='LoadAnnotations', with_bbox=True),  # after Resize: annotations keep their size
     dict(type='PackDetInputs', meta_keys={{_base_.meta_keys}}),
 ]
 train_dataloader = dict(dataset=dict(pipeline=train_pipeline))

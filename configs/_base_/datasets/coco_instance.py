@@ -13,7 +13,7 @@ train_pipeline = [
 test_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='Resize', scale=image_scale, keep_ratio=True),
-    dict(type='LoadAnnotations', with_bbox=True, with_mask=True),  # behind Resize: annotations keep their size
+    dict(type='LoadAnnotations', with_bbox=True, with_mask=True),  # after Resize: annotations keep their size
     dict(type='PackDetInputs', meta_keys=meta_keys),
 ]
 tta_pipeline = [

@@ -1,4 +1,4 @@
-# 8 GPUs with 4 images each: 80,000 × 32 / 20,210 images of ADE20K are 127 epochs.
+# Twins' setting, 8 GPUs with 4 images each: 80,000 × 32 / 20,210 images of ADE20K are 127 epochs.
 max_iters = 80_000
 train_cfg = dict(type='IterBasedTrainLoop', max_iters=max_iters, val_interval=8000)
 val_cfg = dict(type='ValLoop')

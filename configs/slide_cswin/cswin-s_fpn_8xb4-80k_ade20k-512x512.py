@@ -1,0 +1,3 @@
+_base_ = 'cswin-t_fpn_8xb4-80k_ade20k-512x512.py'
+pretrained = 'https://github.com/microsoft/CSWin-Transformer/releases/download/v0.1.0/cswin_small_224.pth'
+model = dict(backbone=dict(arch='small', drop_path_rate=0.4, init_cfg=dict(checkpoint=pretrained)))

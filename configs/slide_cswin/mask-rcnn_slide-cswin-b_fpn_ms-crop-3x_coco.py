@@ -1,0 +1,6 @@
+_base_ = 'mask-rcnn_slide-cswin-t_fpn_ms-crop-3x_coco.py'
+pretrained = 'https://github.com/microsoft/CSWin-Transformer/releases/download/v0.1.0/cswin_base_224.pth'
+model = dict(
+    backbone=dict(arch='base', drop_path_rate=0.5, init_cfg=dict(checkpoint=pretrained)),
+    neck=dict(in_channels=[96, 192, 384, 768]),
+)

@@ -1,0 +1,3 @@
+_base_ = 'pvt-t_fpn_8xb4-40k_ade20k-512x512.py'
+pretrained = 'https://github.com/whai362/PVT/releases/download/v2/pvt_medium.pth'
+model = dict(backbone=dict(arch='medium', drop_path_rate=0.2, init_cfg=dict(checkpoint=pretrained)))

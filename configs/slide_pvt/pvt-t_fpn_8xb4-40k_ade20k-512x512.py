@@ -1,0 +1,2 @@
+_base_ = 'slide-pvt-t_fpn_8xb4-40k_ade20k-512x512.py'
+model = dict(backbone=dict(slide_stages=()))

@@ -1,2 +1,0 @@
-_base_ = 'slide-pvt-t_fpn_8xb4-80k_ade20k-512x512.py'
-model = dict(backbone=dict(slide_stages=()))

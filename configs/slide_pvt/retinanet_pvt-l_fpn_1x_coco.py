@@ -1,0 +1,3 @@
+_base_ = 'retinanet_pvt-t_fpn_1x_coco.py'
+pretrained = 'https://github.com/whai362/PVT/releases/download/v2/pvt_large.pth'
+model = dict(backbone=dict(arch='large', drop_path_rate=0.3, init_cfg=dict(checkpoint=pretrained)))

@@ -1,6 +1,0 @@
-_base_ = 'slide-pvt-t_fpn_8xb4-80k_ade20k-512x512.py'
-model = dict(
-    backbone=dict(
-        arch='small', init_cfg=dict(checkpoint='https://github.com/whai362/PVT/releases/download/v2/pvt_small.pth')
-    )
-)

@@ -1,0 +1,2 @@
+_base_ = 'mask-rcnn_slide-pvtv2-b0_fpn_1x_coco.py'
+model = dict(backbone=dict(slide_stages=()))

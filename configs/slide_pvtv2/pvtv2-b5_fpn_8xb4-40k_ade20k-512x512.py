@@ -1,0 +1,3 @@
+_base_ = 'pvtv2-b1_fpn_8xb4-40k_ade20k-512x512.py'
+pretrained = 'https://github.com/whai362/PVT/releases/download/v2/pvt_v2_b5.pth'
+model = dict(backbone=dict(arch='b5', init_cfg=dict(checkpoint=pretrained)))

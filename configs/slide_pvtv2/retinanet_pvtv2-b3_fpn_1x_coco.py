@@ -1,0 +1,2 @@
+_base_ = 'retinanet_slide-pvtv2-b3_fpn_1x_coco.py'
+model = dict(backbone=dict(slide_stages=()))

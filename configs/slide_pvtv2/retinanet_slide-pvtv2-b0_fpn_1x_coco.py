@@ -1,0 +1,6 @@
+_base_ = 'retinanet_slide-pvtv2-b1_fpn_1x_coco.py'
+pretrained = 'https://github.com/whai362/PVT/releases/download/v2/pvt_v2_b0.pth'
+model = dict(
+    backbone=dict(arch='b0', init_cfg=dict(checkpoint=pretrained)),
+    neck=dict(in_channels=[64, 160, 256]),
+)
