@@ -1,9 +1,4 @@
-_base_ = [
-    '../_base_/models/classifier.py',
-    '../_base_/datasets/imagenet_224.py',
-    '../_base_/schedules/deit_300e.py',
-    '../_base_/default_runtime_cls.py',
-]
+_base_ = '../_base_/recipes/deit_in1k.py'
 model = dict(
     backbone=dict(type='mmslide.SlideCSWin', arch='tiny', drop_path_rate=0.2),
     head=dict(in_channels=512),

@@ -1,9 +1,4 @@
-_base_ = [
-    '../_base_/models/classifier.py',
-    '../_base_/datasets/imagenet_224.py',
-    '../_base_/schedules/deit_300e.py',
-    '../_base_/default_runtime_cls.py',
-]
+_base_ = '../_base_/recipes/deit_in1k.py'
 model = dict(
     # PVTv2's norms after each stage are passed on, and the last one is the classifier's.
     backbone=dict(type='mmslide.SlidePVTv2', arch='b0', stage_norm='next', drop_path_rate=0.1),

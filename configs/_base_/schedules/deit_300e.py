@@ -16,6 +16,7 @@ optim_wrapper = dict(
             'relative_position_bias': dict(decay_mult=0.0),  # Slide Attention's, and the windows' table
             'shift_bias': dict(decay_mult=0.0),
             'deform_bias': dict(decay_mult=0.0),
+            'rpb': dict(decay_mult=0.0),  # of neighborhood attention
             'peg': dict(decay_mult=0.0),  # Twins' position encoding
         },
     ),
