@@ -507,7 +507,9 @@ class DatasetCheck:
                 return
             files = (file for name in found for _, _, names in os.walk(os.path.join(folder, name)) for file in names)
             if not any(dataset.is_valid_file(file) for file in files):
-                yield ValueError(f'{folder} has no image: none of its files ends in {listed(sorted(dataset.extensions), 10)}')
+                yield ValueError(
+                    f'{folder} has no image: none of its files ends in {listed(sorted(dataset.extensions), 10)}'
+                )
                 return
         if self.everything:
             yield from self._check_labelled_images()

@@ -125,6 +125,9 @@ CORRECTED = {
     'slide_cswin/cswin-t_upernet_8xb2-160k_ade20k-512x512': 65 - BACKBONES,
     'slide_cswin/cswin-s_fpn_8xb4-80k_ade20k-512x512': 26 + BACKBONES,
     'slide_pvtv2/slide-pvtv2-b2_8xb128_in1k': 43 + 25.4 - 45,  # by the detectors of Slide-PVTv2-B2 and PVTv2-B2
+    # Listed with one more than Swin-S and Swin-B, whose parameters Slide Attention raises by 0.01 M.
+    'slide_swin/slide-swin-s_8xb128_in1k': 50,
+    'slide_swin/slide-swin-b_8xb64_in1k': 88,
     'slide_pvtv2/pvtv2-b1_8xb128_in1k': 14.0,  # of the detectors' backbone and the head
 }
 
@@ -150,13 +153,15 @@ def test_paper(name):
     if paper_macs is not None:
         # Small numbers have one decimal, which authors round up, down or to the nearest.
         assert round(macs, 1) == pytest.approx(paper_macs, rel=0.01, abs=0.11)
-    if twins and paper_params is not None and cfg.default_scope != 'mmpretrain':
+    classifier = cfg.default_scope == 'mmpretrain'
+    if twins and paper_params is not None and not classifier:
         # The authors' detectors and segmentors carry the ImageNet classifier along: norm and linear.
         neck_or_head = cfg.model.get('neck') or cfg.model.decode_head
-        classifier = (2 + 1000) * neck_or_head.in_channels[-1] + 1000
-        assert params + classifier / 1e6 == pytest.approx(paper_params, rel=0.007)
+        carried = (2 + 1000) * neck_or_head.in_channels[-1] + 1000
+        assert params + carried / 1e6 == pytest.approx(paper_params, rel=0.007)
     elif paper_params is not None:
-        assert params == pytest.approx(CORRECTED.get(name, paper_params), abs=0.6)
+        # Of 28.3 M classifiers are listed with 29 M.
+        assert params == pytest.approx(CORRECTED.get(name, paper_params), abs=0.75 if classifier else 0.6)
 
     # What we say about ourselves was measured with this code.
     models = yaml.safe_load((FAMILIES[family] / 'metafile.yml').read_text())['Models']

@@ -115,7 +115,9 @@ def _place_last_norm(state: StateDict, target: StateDict) -> StateDict:
     """
     last = max((_stage(key) for key in state if key.startswith('stages.')), default='')
     norm = f'{last}.norm.'
-    lone = [{_stage(key) for key in keys if re.match(r'stages\.\d+\.norm\.', key)} == {last} for keys in (state, target)]
+    lone = [
+        {_stage(key) for key in keys if re.match(r'stages\.\d+\.norm\.', key)} == {last} for keys in (state, target)
+    ]
     for found, before, after in zip(lone, (norm, 'norm.'), ('norm.', norm), strict=True):
         if found:
             names = {key: after + key[len(before) :] for key in state if key.startswith(before)}
