@@ -12,6 +12,7 @@ from test_zoo import EVERY
 from mmslide.models.attention import (
     CrossShapedWindowAttention,
     LocallyGroupedAttention,
+    NeighborhoodAttention,
     PooledAttention,
     SlideAttention,
     SubsampledAttention,
@@ -73,8 +74,18 @@ def test_compiled_backbones(backbone, precision):
         PooledAttention(16, 2, 7),
         WindowAttention(16, 2, 7, 3),
         CrossShapedWindowAttention(16, 2, 5),
+        NeighborhoodAttention(16, 2, 7),
     ],
-    ids=['slide', 'slide tap-wise', 'locally grouped', 'subsampled', 'pooled', 'window', 'cross-shaped'],
+    ids=[
+        'slide',
+        'slide tap-wise',
+        'locally grouped',
+        'subsampled',
+        'pooled',
+        'window',
+        'cross-shaped',
+        'neighborhood',
+    ],
 )
 def test_compiled_mixers(mixer):
     mixer = randomize(copy.deepcopy(mixer))

@@ -36,6 +36,7 @@ BACKBONES = {
     ),
     'TwinsPCPVT': dict(type='mmslide.TwinsPCPVT', arch=dict(ARCH_SR, depths=(1, 1, 1, 1))),
     'TwinsSVT': dict(type='mmslide.TwinsSVT', arch=ARCH_SR, slide_stages=(0, 1)),
+    'SlideNAT': dict(type='mmslide.SlideNAT', arch=dict(ARCH, depths=(1, 1, 1, 1)), slide_stages=(0,)),
 }
 CHANNELS = [16, 32, 64, 128]
 HEAD = dict(in_index=[0, 1, 2, 3], channels=16, num_classes=5, dropout_ratio=0.1, norm_cfg=dict(type='SyncBN'))

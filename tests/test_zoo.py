@@ -14,7 +14,7 @@ from mmcv.cnn.bricks import DropPath
 from torch import nn
 
 from mmslide.deploy import fuse
-from mmslide.models import SlideCSWin, SlidePVT, SlidePVTv2, SlideSwin, TwinsPCPVT, TwinsSVT
+from mmslide.models import SlideCSWin, SlideNAT, SlidePVT, SlidePVTv2, SlideSwin, TwinsPCPVT, TwinsSVT
 from mmslide.models.attention import SlideAttention
 
 DIMS, DEPTHS = (16, 32, 48, 64), (1, 2, 3, 2)
@@ -52,6 +52,7 @@ ZOO = [
     Backbone(SlideCSWin, STRIP_ROW, strided),
     Backbone(TwinsPCPVT, SR_ROW, cropped),
     Backbone(TwinsSVT, SR_ROW, cropped, slides=lambda index: index % 2 == 0),
+    Backbone(SlideNAT, ROW, padded),
 ]
 ARCHS = [(backbone, arch) for backbone in ZOO for arch in backbone.cls.variants]
 

@@ -1,4 +1,5 @@
 from .slide_cswin import SlideCSWin
+from .slide_nat import SlideNAT
 from .slide_pvt import SlidePVT
 from .slide_pvtv2 import SlidePVTv2
 from .slide_swin import SlideSwin
@@ -6,6 +7,7 @@ from .twins import TwinsPCPVT, TwinsSVT
 
 __all__ = [
     'SlideCSWin',
+    'SlideNAT',
     'SlidePVT',
     'SlidePVTv2',
     'SlideSwin',

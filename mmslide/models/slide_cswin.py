@@ -48,5 +48,8 @@ class SlideCSWin(Pyramid):
         return OverlappedPatchEmbed(in_channels, embed_dims, kernel_size, stride, padding, self.norm_cfg)
 
     def build_mixer(self, stage: int, index: int, **shared: Any) -> nn.Module:
-        last = stage == self.num_stages - 1
-        return CrossShapedWindowAttention(split_size=None if last else self.row['split_sizes'][stage], **shared)
+        return CrossShapedWindowAttention(split_size=self.split_size(stage), **shared)
+
+    def split_size(self, stage: int) -> int | None:
+        """None for the last stage, which attends over its whole map."""
+        return None if stage == self.num_stages - 1 else int(self.row['split_sizes'][stage])

@@ -2,6 +2,7 @@
 
 from .cross_shaped import CrossShapedWindowAttention
 from .locally_grouped import LocallyGroupedAttention
+from .neighborhood import NeighborhoodAttention
 from .slide import SlideAttention
 from .subsampled import PooledAttention, SubsampledAttention
 from .window import WindowAttention
@@ -9,6 +10,7 @@ from .window import WindowAttention
 __all__ = [
     'CrossShapedWindowAttention',
     'LocallyGroupedAttention',
+    'NeighborhoodAttention',
     'PooledAttention',
     'SlideAttention',
     'SubsampledAttention',

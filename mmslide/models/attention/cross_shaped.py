@@ -1,3 +1,4 @@
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,7 @@ from .locally_grouped import is_true
 
 @dataclass(eq=False, repr=False)
 class CrossShapedWindowAttention(Attention):
-    """Attention in horizontal and vertical strips: CSWin (CVPR 2022, arXiv 2107.00652, section 3.2 and Eq. 7).
+    """Attention in horizontal and vertical strips: CSWin (CVPR 2022, arXiv 2107.00652, section 3.2).
 
     The first half of the channels and heads attends in vertical strips, as high as the map and split_size wide, the
     second half in horizontal ones. Values get a locally-enhanced positional encoding (LePE), a depthwise convolution
@@ -50,28 +51,29 @@ class CrossShapedWindowAttention(Attention):
         if self.split_size is None:
             out = self._attend(*parts) + self._encode(self.lepe[0], parts[-1])
         else:
-            vertical = self._attend_in_strips(*parts[0::2], self.lepe[0], self.split_size, axis=2)
-            horizontal = self._attend_in_strips(*parts[1::2], self.lepe[1], self.split_size, axis=1)
+            vertical = self._attend_in_strips(parts[0::2], self.lepe[0], self.split_size, axis=2)
+            horizontal = self._attend_in_strips(parts[1::2], self.lepe[1], self.split_size, axis=1)
             out = torch.cat([vertical, horizontal], dim=-1)
         return self.proj_drop(self.proj(out))
 
-    def _attend_in_strips(self, q: Tensor, k: Tensor, v: Tensor, lepe: nn.Module, size: int, axis: int) -> Tensor:
-        """One branch on maps (B, H, W, c), whose strips follow each other along an axis."""
-        batch, side = len(q), q.shape[axis]
+    def _attend_in_strips(self, parts: Sequence[Tensor], lepe: nn.Module, size: int, axis: int) -> Tensor:
+        """One branch: q, k and v are maps (B, H, W, c), whose strips follow each other along an axis."""
+        batch, side = len(parts[0]), parts[0].shape[axis]
         count = (side + size - 1) // size
         padding = count * size - side
         before = (size - 1 - (side - 1) % size) // 2  # padding // 2, of what is positive: ONNX would round towards zero
         fits = is_true(padding == 0)
         if not fits:
-            q, k, v = (F.pad(x, (*(0, 0) * (3 - axis), before, padding - before)) for x in (q, k, v))
-        q, k, v = (x.unflatten(axis, (count, size)).movedim(axis, 1) for x in (q, k, v))
-        strips = [x.flatten(0, 1) for x in (q, k, v)]
-        attended = self._attend(*strips)
+            parts = [F.pad(x, (*(0, 0) * (3 - axis), before, padding - before)) for x in parts]
+        q, k, v = (
+            x.unflatten(axis, (count, size)).movedim(axis, 1).flatten(0, 1) for x in parts
+        )  # strips (N, h, w, c)
+        out = self._attend(q, k, v)
         if isinstance(count, torch.SymInt):
-            out = attended.unflatten(0, (batch, count)) + self._encode_apart(lepe, v, axis)
+            out = out + self._encode_apart(lepe, parts[-1], count, axis)
         else:
-            out = (attended + self._encode(lepe, strips[-1])).unflatten(0, (batch, count))
-        out = out.movedim(1, axis).flatten(axis, axis + 1)
+            out = out + self._encode(lepe, v)
+        out = out.unflatten(0, (batch, count)).movedim(1, axis).flatten(axis, axis + 1)
         return out if fits else out.narrow(axis, before, side)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -85,12 +87,11 @@ class CrossShapedWindowAttention(Attention):
     def _encode(self, lepe: nn.Module, v: Tensor) -> Tensor:
         return lepe(v.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
-    def _encode_apart(self, lepe: nn.Module, v: Tensor, axis: int) -> Tensor:
-        """`_encode` for each of the strips (B, n, h, w, c), as one map with a line of zeros after each strip.
+    def _encode_apart(self, lepe: nn.Module, v: Tensor, count: int, axis: int) -> Tensor:
+        """`_encode` of the strips that a map (B, H, W, c) is split into, with a line of zeros after each: (N, h, w, c).
 
         For sizes known at run time only: PyTorch would export strips in the batch for either one or several of them.
         """
-        apart = F.pad(v, (*(0, 0) * (3 - axis), 0, 1)).movedim(1, axis)
-        count, size = apart.shape[axis : axis + 2]
-        out = self._encode(lepe, apart.flatten(axis, axis + 1)).unflatten(axis, (count, size))
-        return out.narrow(axis + 1, 0, size - 1).movedim(axis, 1)
+        apart = F.pad(v.unflatten(axis, (count, -1)), (*(0, 0) * (3 - axis), 0, 1))
+        out = self._encode(lepe, apart.flatten(axis, axis + 1)).unflatten(axis, (count, apart.shape[axis + 1]))
+        return out.narrow(axis + 1, 0, apart.shape[axis + 1] - 1).movedim(axis, 1).flatten(0, 1)

@@ -10,6 +10,7 @@ from mmslide.checkpoints import StateDict
 
 from .cswin import CSWIN
 from .keys import Layout
+from .nat import NAT
 from .pvt import PVT
 from .slide import fuse_slide_attention, slide_attention
 from .swin import SWIN
@@ -18,7 +19,7 @@ from .twins import TWINS
 __all__ = ['FAMILIES', 'TARGETS', 'from_mmslide', 'fuse_slide_attention', 'slide_attention', 'to_mmslide']
 
 OURS = Layout('mmslide', r'^stages\.\d+\.embed\.', dict)
-FAMILIES = (SWIN, PVT, TWINS, CSWIN)
+FAMILIES = (SWIN, PVT, TWINS, CSWIN, NAT)
 LAYOUTS = (OURS, *(layout for family in FAMILIES for layout in family.layouts))  # the first that fits is taken
 TARGETS = list(dict.fromkeys(['mmslide', *(layout.target for layout in LAYOUTS if layout.target)]))
 
