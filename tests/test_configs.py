@@ -44,6 +44,7 @@ PRETRAINED = {
     'mmslide.SlidePVTv2': 'pvt_v2',
     'mmslide.SlideSwin': 'swin',
     'mmslide.SlideCSWin': 'cswin',
+    'mmslide.SlideNAT': 'nat',
     'mmslide.TwinsPCPVT': 'pcpvt',
     'mmslide.TwinsSVT': 'alt_gvt',
 }
@@ -130,11 +131,11 @@ def kind_of(path):
 @pytest.mark.parametrize(
     'kind',
     # No config here is RetinaNet on a backbone that norms its outputs alone.
-    [*sorted({kind_of(path) for path in (*ZOO, *MINI)}), ('RetinaNet', True, 'mmslide.SlideSwin')],
+    [*sorted({kind_of(path) for path in (*MINI, *ZOO)}), ('RetinaNet', True, 'mmslide.SlideSwin')],
     ids=lambda kind: f'{kind[0]}-{"neck" if kind[1] else "no neck"}-{kind[2]}',
 )
 def test_every_parameter_gets_a_gradient(kind):
-    path = next(path for path in (*ZOO, *MINI) if kind_of(path)[:2] == kind[:2])
+    path = next(path for path in (*MINI, *ZOO) if kind_of(path)[:2] == kind[:2])
     model = copy.deepcopy(load(path).model)
     dims = [16, 32, 64, 128]
     row = next(iter(MODELS.get(kind[2]).variants.values()))
@@ -213,7 +214,7 @@ def test_runtime(path):
 PVT_1X, RETINANET_1X = (2e-4, 1e-4, 'full'), (1e-4, 1e-4, 'full')
 SWIN_3X, SWIN_3X_AMP = (1e-4, 0.05, 'full'), (1e-4, 0.05, 'amp')
 FPN_40K, FPN_80K = (2e-4, 1e-4, 'full'), (1e-4, 1e-4, 'full')
-UPERNET = (6e-5, 0.01, 'full')
+UPERNET, UPERNET_AMP = (6e-5, 0.01, 'full'), (6e-5, 0.01, 'amp')
 PVTV2, TWINS = ('b0', 'b1', 'b2', 'b2-li', 'b3'), ('pcpvt-s', 'pcpvt-b', 'pcpvt-l', 'svt-s', 'svt-b', 'svt-l')
 SETTINGS = {
     'mask-rcnn_pvt-{}_fpn_1x_coco': (PVT_1X, dict(t=0.1, s=0.2, m=0.1, l=0.2)),
@@ -234,6 +235,9 @@ SETTINGS = {
     'cascade-mask-rcnn_cswin-{}_fpn_ms-crop-3x_coco': (SWIN_3X, dict(t=0.2, s=0.4, b=0.5)),
     'cswin-{}_upernet_8xb2-160k_ade20k-512x512': (UPERNET, dict(t=0.3, s=0.4, b=0.6)),
     'cswin-{}_fpn_8xb4-80k_ade20k-512x512': (FPN_80K, dict(t=0.3, s=0.4, b=0.6)),
+    'mask-rcnn_nat-{}_fpn_ms-crop-3x_coco': (SWIN_3X_AMP, dict(mini=0.2, t=0.2, s=0.35)),
+    'cascade-mask-rcnn_nat-{}_fpn_ms-crop-3x_coco': (SWIN_3X_AMP, dict(mini=0.2, t=0.3, s=0.3, b=0.5)),
+    'nat-{}_upernet_8xb2-160k_ade20k-512x512': (UPERNET_AMP, dict(mini=0.2, t=0.3, s=0.5, b=0.5)),
     'mask-rcnn_twins-{}_fpn_1x_coco': (PVT_1X, dict.fromkeys(TWINS, 0.2)),
     'retinanet_twins-{}_fpn_1x_coco': (RETINANET_1X, dict.fromkeys(TWINS, 0.2)),
     'mask-rcnn_twins-{}_fpn_ms-crop-3x_coco': (SWIN_3X_AMP, dict.fromkeys(TWINS, 0.2)),
@@ -289,7 +293,7 @@ def test_weight_decay(path):
         for key, _ in module.named_parameters()
     }
     peg = {name for name in names.values() if '.peg.' in name}
-    table = {name for name in names.values() if name.endswith('.relative_position_bias_table')}
+    table = {name for name in names.values() if name.endswith(('.relative_position_bias_table', '.rpb'))}
     slide = {name for name in names.values() if name.endswith('.relative_position_bias')}
     host, depths = cfg.model.backbone.type, [len(stage.blocks) for stage in model.backbone.stages]
     slides = 'slide-' in path.name

@@ -12,6 +12,7 @@ optim_wrapper = dict(
         custom_keys={
             'norm': dict(decay_mult=0.0),
             'relative_position_bias': dict(decay_mult=0.0),
+            'rpb': dict(decay_mult=0.0),  # NAT's
             'position_embedding': dict(decay_mult=0.0),
             'peg': dict(decay_mult=0.0),  # Twins' position encoding
         }

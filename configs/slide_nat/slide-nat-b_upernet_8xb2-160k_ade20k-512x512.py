@@ -1,0 +1,7 @@
+_base_ = 'slide-nat-mini_upernet_8xb2-160k_ade20k-512x512.py'
+pretrained = 'https://shi-labs.com/projects/nat/checkpoints/CLS/nat_base.pth'
+model = dict(
+    backbone=dict(arch='base', drop_path_rate=0.5, init_cfg=dict(checkpoint=pretrained)),
+    decode_head=dict(in_channels=[128, 256, 512, 1024]),
+    auxiliary_head=dict(in_channels=512),
+)
