@@ -519,8 +519,8 @@ class DatasetCheck:
             topk = evaluator.get('topk', 1)
             if np.max(topk) > len(self.classes):
                 yield ValueError(
-                    f'{self.name} has {len(self.classes)} classes, but {evaluator.get("type")} has topk={topk}: no number '
-                    f'of topk may be above {len(self.classes)}'
+                    f'{self.name} has {len(self.classes)} classes, but {evaluator.get("type")} has topk={topk}, which may '
+                    f'be {len(self.classes)} at most'
                 )
 
     def _check_labelled_images(self) -> Iterator[Exception]:

@@ -1,4 +1,4 @@
-"""Multiply-adds and parameters of a whole detector, segmentor or classifier, the matrix products of attention included."""
+"""Multiply-adds and parameters of a whole model, the matrix products of attention included."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

@@ -57,13 +57,20 @@ def check_scope(scope: str | None) -> None:
     """Checks that the default_scope of a config can be used: classification needs mmpretrain, which is optional.
 
     Raises:
-        ImportError: mmpretrain is missing, too old, too new, or refuses its own neighbours.
+        ImportError: mmpretrain or the torchvision that it imports is missing, or mmpretrain is too old, too new, or
+            refuses its own neighbours.
     """
     if scope != 'mmpretrain':
         return
     if find_spec(scope) is None:
         raise ImportError(
             "classification needs mmpretrain, which is not installed. Run: pip install 'mmslide[classification]'"
+        )
+    if find_spec('torchvision') is None:
+        # The extra does not name it: without torch in the command pip would take another version of torch.
+        torch_version = torch.__version__.split('+')[0]
+        raise ImportError(
+            f'mmpretrain needs torchvision, which is not installed. Run: pip install torchvision torch=={torch_version}'
         )
     if problem := _problem(scope, *MMPRETRAIN):
         raise ImportError(problem)
@@ -89,8 +96,8 @@ def _wanted(name: str, minimum: str, limit: str) -> str:
 def declare_torchvision_operators() -> None:
     """Lets `import torchvision`, which mmpretrain and mmengine need, succeed where its compiled operators do not load.
 
-    Its wheels on PyPI are built for CUDA. With a CPU build of torch the import ends with "operator torchvision::nms does
-    not exist", since torchvision describes operators that were never loaded. They are declared here, without an
+    Its wheels on PyPI are built for CUDA. With a CPU build of torch the import ends with "operator torchvision::nms
+    does not exist", since torchvision describes operators that were never loaded. They are declared here, without an
     implementation: transforms work, and `torchvision.ops` still explains that its operators are missing.
     """
     spec = find_spec('torchvision')

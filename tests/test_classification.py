@@ -3,7 +3,6 @@
 import copy
 import pickle
 import re
-import sys
 from pathlib import Path
 
 import cv2
@@ -16,7 +15,6 @@ from mmengine.dataset import Compose
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, TRANSFORMS, DefaultScope
 from test_configs import IN1K, KNOWN_KEYS, ROOT, ZOO, host_of, inner_keys, load
-from torch import nn
 
 from mmslide import engine, stack
 from mmslide.build import build_model
@@ -110,7 +108,6 @@ def test_pipelines_run():
                 Compose([TRANSFORMS.build(transform) for transform in cfg[f'{name}_pipeline'][1:]])
                 for name in ('train', 'test', 'tta')
             ]
-            MODELS.build(dict(cfg.tta_model, module=nn.Identity()))
         side = cfg.get('image_scale', (224, 224))
         for pipeline in [pipelines[0]] * 40 + pipelines[1:]:
             sample = pipeline(dict(img=image.copy(), img_shape=(240, 300), gt_label=1))
@@ -125,6 +122,7 @@ def test_pipelines_run():
         ('alt_gvt_small_cls_224', 'twins/twins-svt-s_8xb128_in1k'),
         ('pvt_v2_b1_cls_224', 'slide_pvtv2/pvtv2-b1_8xb128_in1k'),
         ('cswin_tiny_cls_224', 'slide_cswin/cswin-t_8xb256_in1k'),
+        ('nat_mini_cls_224', 'slide_nat/nat-mini_8xb128_in1k'),
     ],
 )
 def test_classifier_of_the_authors(name, config, tmp_path):
@@ -240,7 +238,7 @@ def test_data_that_does_not(fault, message, tmp_path):
     if fault == 'number':
         changes = {'model.head.num_classes': 4, 'model.data_preprocessor.num_classes': 4}
     elif fault == 'topk':
-        changes = {'val_evaluator.topk': (1, 5)}
+        changes = {'val_evaluator.topk': (1, 5), 'test_evaluator.topk': (1, 5)}
     write_images(tmp_path, splits=('train',) if fault == 'folder' else ('train', 'val'))
     if fault == 'class':
         (tmp_path / 'train/car').mkdir()
@@ -258,8 +256,12 @@ def test_own_classes_may_be_left_to_the_folders(tmp_path):
 
 
 def test_without_mmpretrain(monkeypatch):
-    monkeypatch.setattr(stack, 'find_spec', lambda name: None)
-    assert "Run: pip install 'mmslide[classification]'" in tool_error('get_flops', IN1K[0])
+    installed = {'mmpretrain', 'torchvision'}
+    monkeypatch.setattr(stack, 'find_spec', lambda name: name in installed or None)
+    installed.remove('torchvision')
+    assert re.search(r'Run: pip install torchvision torch==[\d.]+$', tool_error('get_flops', IN1K[0]))
+    installed.remove('mmpretrain')
+    assert tool_error('get_flops', IN1K[0]).endswith("Run: pip install 'mmslide[classification]'")
     stack.check_scope('mmdet')
 
 

@@ -26,8 +26,8 @@ from mmslide.models.mlp import MLP
 ROOT = Path(__file__).parents[1]
 FAMILIES = {path.parent.name: path.parent for path in sorted((ROOT / 'configs').glob('*/metafile.yml'))}
 CONFIGS = [f'{name}/{path.stem}' for name, folder in FAMILIES.items() for path in sorted(folder.glob('*.py'))]
-# Published totals: G multiply-adds (1280×800 for detection, 512×2048 and for Twins 512×512 for segmentation, 224×224 for
-# classification) and M parameters.
+# Published totals: G multiply-adds (1280×800 for detection, 512×2048 and for Twins 512×512 for segmentation, 224×224
+# for classification) and M parameters.
 PAPER = {
     'slide_pvt/mask-rcnn_pvt-t_fpn_1x_coco': (240, 33),
     'slide_pvt/mask-rcnn_pvt-s_fpn_1x_coco': (305, 44),
@@ -121,6 +121,12 @@ PAPER = {
     'slide_cswin/cswin-t_8xb256_in1k': (4.3, 23),
     'slide_cswin/cswin-s_8xb256_in1k': (6.9, 35),
     'slide_cswin/cswin-b_8xb128_in1k': (15.0, 78),
+    'slide_nat/slide-nat-t_8xb128_in1k': (4.3, 28),
+    'slide_nat/slide-nat-s_8xb128_in1k': (7.8, 51),
+    'slide_nat/nat-mini_8xb128_in1k': (2.7, 20),
+    'slide_nat/nat-t_8xb128_in1k': (4.3, 28),
+    'slide_nat/nat-s_8xb128_in1k': (7.8, 51),
+    'slide_nat/nat-b_8xb128_in1k': (13.7, 90),
     'twins/twins-pcpvt-s_8xb128_in1k': (3.8, 24.1),
     'twins/twins-pcpvt-b_8xb128_in1k': (6.7, 43.8),
     'twins/twins-pcpvt-l_8xb128_in1k': (9.8, 60.9),

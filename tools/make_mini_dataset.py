@@ -20,7 +20,6 @@ SHAPES = {
     'rectangle': ('tv', 42, 'box'),
     'triangle': ('kite', 150, 'flag'),
 }
-TEXTURES = ('plain', 'stripes', 'checks', 'gradient')
 WALL = 1  # the ADE20K class of the background
 MIN_SIZE = 32
 MAX_OBJECTS = 5
@@ -122,27 +121,32 @@ def draw_scene(rng: Generator, size: int) -> tuple[np.ndarray, list[tuple[str, n
             visible.append((shape, part))
             covered |= mask
     visible.reverse()
-    return _paint(rng, visible, size), visible
+    return _paint(rng, [mask for _, mask in visible], size), visible
 
 
 def draw_single_shape(rng: Generator, shape: str, size: int) -> np.ndarray:
-    """An image, uint8 (size, size, 3), of one shape that is large and whole, without stripes and checks: one label an
+    """An image, uint8 (size, size, 3), of one large and whole shape, which is lighter than the background: one label an
     image teaches less than boxes and masks do.
     """
     while True:
         mask = _draw_shape(rng, shape, size, least=0.2)
         if not (mask[[0, -1]].any() or mask[:, [0, -1]].any()):
-            return _paint(rng, [(shape, mask)], size, kinds=('plain', 'gradient'))
+            return _paint(rng, [mask], size, dark=(0, 96), light=(160, 255))
 
 
 def _paint(
-    rng: Generator, objects: list[tuple[str, np.ndarray]], size: int, kinds: Sequence[str] = TEXTURES
+    rng: Generator,
+    masks: Sequence[np.ndarray],
+    size: int,
+    dark: tuple[int, int] = (0, 255),
+    light: tuple[int, int] = (0, 255),
 ) -> np.ndarray:
-    # Colours and textures come from one distribution for all shapes and the background: they say nothing of the class.
-    image, strength = _texture(rng, size, kinds)
+    """An image of shapes with colours in the range `light` on a background with colours in the range `dark`."""
+    # Colours and textures come from one distribution for all shapes: they say nothing of the class.
+    image, strength = _texture(rng, size, dark)
     noise = np.full((size, size), strength, np.float32)
-    for _, mask in objects:
-        texture, strength = _texture(rng, size, kinds)
+    for mask in masks:
+        texture, strength = _texture(rng, size, light)
         image[mask] = texture[mask]
         noise[mask] = strength
     image += noise[..., None] * rng.standard_normal(image.shape, np.float32)
@@ -176,13 +180,13 @@ def _draw_shape(rng: Generator, shape: str, size: int, least: float = 0.08) -> n
     return mask.astype(bool)
 
 
-def _texture(rng: Generator, size: int, kinds: Sequence[str]) -> tuple[np.ndarray, float]:
+def _texture(rng: Generator, size: int, colors: tuple[int, int]) -> tuple[np.ndarray, float]:
     """A surface in two colours, float32 (size, size, 3), and the standard deviation of its noise."""
-    first, second = rng.uniform(0, 255, (2, 3)).astype(np.float32)
+    first, second = rng.uniform(*colors, (2, 3)).astype(np.float32)
     angle, period = rng.uniform(0, math.pi), size * rng.uniform(0.04, 0.2)
     y, x = np.mgrid[:size, :size].astype(np.float32)
     u, v = x * math.cos(angle) + y * math.sin(angle), y * math.cos(angle) - x * math.sin(angle)
-    kind = rng.choice(kinds)
+    kind = rng.choice(['plain', 'stripes', 'checks', 'gradient'])
     if kind == 'plain':
         share = np.zeros_like(u)
     elif kind == 'stripes':
