@@ -519,8 +519,8 @@ class DatasetCheck:
             topk = evaluator.get('topk', 1)
             if np.max(topk) > len(self.classes):
                 yield ValueError(
-                    f'{self.name} has {len(self.classes)} classes, but {evaluator.get("type")} has topk={topk}, which may '
-                    f'be {len(self.classes)} at most'
+                    f'{self.name} has {len(self.classes)} classes, but {evaluator.get("type")} has topk={topk}: none may '
+                    f'be above {len(self.classes)}'
                 )
 
     def _check_labelled_images(self) -> Iterator[Exception]:
