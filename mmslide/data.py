@@ -518,10 +518,8 @@ class DatasetCheck:
         for evaluator in self.evaluators:
             topk = evaluator.get('topk', 1)
             if np.max(topk) > len(self.classes):
-                yield ValueError(
-                    f'{self.name} has {len(self.classes)} classes, but {evaluator.get("type")} has topk={topk}: none may '
-                    f'be above {len(self.classes)}'
-                )
+                kind, number = evaluator.get('type'), len(self.classes)
+                yield ValueError(f'{self.name} has {number} classes, but {kind} has topk={topk}: {number} is the most')
 
     def _check_labelled_images(self) -> Iterator[Exception]:
         samples = self.dataset.load_data_list()
