@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmslide.benchmark import Side, measure
-from mmslide.ops import neighborhood, neighborhood_attention
+from mmslide.ops import native, neighborhood, neighborhood_attention, tiles
 from mmslide.ops.reference import neighborhood_reference
 
 NAMES = ('out', 'q', 'k', 'v', 'rpb')
@@ -68,15 +68,65 @@ def test_output_and_gradients_agree_with_the_reference(shape):
     reference = wanted(args, grad)
     assert_agrees(gradients(neighborhood_attention(*args), args, grad), reference, 1e-12)
     single = [x.detach().float().requires_grad_() for x in args]
-    assert_agrees(gradients(neighborhood_attention(*single), single, grad), reference, 1e-5)
+    with mock.patch.object(native, 'library', None):
+        assert_agrees(gradients(neighborhood_attention(*single), single, grad), reference, 1e-5)
 
 
-@pytest.mark.parametrize('tiles', [1, 2, 5, 100])
-def test_blocks_of_any_size(tiles):
+@pytest.mark.skipif(native.library is None, reason='not compiled')
+@pytest.mark.parametrize('threads', [1, 2, 5])
+@pytest.mark.parametrize('masked', [False, True])
+@pytest.mark.parametrize(
+    'shape', [(1, 7, 7, 2, 8, 7), (2, 13, 17, 3, 32, 7), (1, 41, 9, 1, 24, 5), (2, 3, 30, 2, 16, 3)]
+)
+def test_native_agrees_with_the_reference_and_repeats(shape, masked, threads):
+    """For any number of threads, each of which has strips of rows of its own."""
+    args = arguments(*shape, dtype=torch.float32)
+    grad = torch.randn(shape[:5])
+    mask = (torch.rand(*shape[:4], shape[5] ** 2) > 0.4) / 0.6 if masked else None
+    assert native.takes_neighborhoods(args[0], args[3])
+
+    def run():
+        return gradients(neighborhood.custom_op(*args, 0.3, mask), args, grad)
+
+    with (
+        mock.patch('torch.get_num_threads', return_value=threads),
+        mock.patch.object(tiles, 'forward', side_effect=AssertionError),
+        mock.patch.object(tiles, 'backward', side_effect=AssertionError),
+    ):
+        found = run()
+        assert_agrees(found, wanted(args, grad, 0.3, mask), 1e-5)
+        assert all(torch.equal(x, y) for x, y in zip(found, run(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ('shape', 'dtype'),
+    [
+        ((1, 9, 9, 1, 8, 7), torch.float64),
+        ((1, 9, 9, 1, 8, 7), torch.bfloat16),
+        ((1, 9, 9, 1, 12, 7), torch.float32),
+        ((1, 9, 9, 1, 8, 9), torch.float32),
+    ],
+)
+def test_what_native_cannot_do_is_left_to_tiles(shape, dtype):
+    q, *_, rpb = arguments(*shape, dtype=dtype)
+    assert not native.takes_neighborhoods(q, rpb)
+
+
+def test_native_passes_nan_and_infinity_on():
+    args = [x.detach() for x in arguments(1, 9, 9, 1, 8, 3, dtype=torch.float32)]
+    for value in (float('nan'), float('inf')):
+        args[0][0, 2, 2, 0, 3] = value
+        out = neighborhood_attention(*args)
+        assert out[0, 2, 2].isnan().all()
+        assert not out[0, 2, 3].isnan().any()
+
+
+@pytest.mark.parametrize('count', [1, 2, 5, 100])
+def test_blocks_of_any_size(count):
     """Parts of rows, rows, images."""
     args = arguments(3, 24, 30, 2, 4, 7)
     grad = torch.randn(3, 24, 30, 2, 4, dtype=torch.float64)
-    with mock.patch.object(neighborhood, 'CPU_BLOCK_BYTES', tiles * 2 * 7**2 * 13**2 * 8):
+    with mock.patch.object(tiles, 'CPU_BLOCK_BYTES', count * 2 * 7**2 * 13**2 * 8):
         assert_agrees(gradients(neighborhood_attention(*args), args, grad), wanted(args, grad), 1e-12)
 
 
@@ -161,21 +211,25 @@ def test_a_frozen_bias_costs_nothing():
     grad = torch.randn(1, 9, 8, 2, 4, dtype=torch.float64)
     reference = wanted(args, grad)
     args[3].requires_grad_(False)
-    with mock.patch.object(neighborhood._Region, 'add_to_rpb', side_effect=AssertionError):
+    with mock.patch.object(tiles._Region, 'add_to_rpb', side_effect=AssertionError):
         found = gradients(neighborhood_attention(*args), args[:3], grad)
     for value, other in zip(found, reference, strict=False):
         assert relative_error(value, other) < 1e-12
 
 
+@pytest.mark.parametrize('library', ['native', 'tiles'])
 @pytest.mark.parametrize('training', [False, True])
-def test_memory(training):
-    """At most an eighth of all windows of k and v, outputs and gradients included."""
+def test_memory(training, library):
+    """At most an eighth of the windows of k alone, outputs and gradients included."""
     height, width, heads, head_dims = 200, 320, 2, 32
-    qkv = torch.randn(1, height, width, 3, heads, head_dims).requires_grad_()
-    rpb = torch.randn(heads, 13, 13).requires_grad_()
-    side = Side('ours', lambda: [neighborhood_attention(*qkv.unbind(3), rpb)], dict(qkv=qkv, rpb=rpb))
-    peak = measure._peak_bytes(measure._step(side, training), qkv.device)
-    assert peak < 2 * 49 * height * width * heads * head_dims * 4 / 8
+    args = [torch.randn(1, height, width, heads, head_dims).requires_grad_() for _ in 'qkv']
+    args.append(torch.randn(heads, 13, 13).requires_grad_())
+    side = Side('ours', lambda: [neighborhood_attention(*args)], dict(zip(NAMES[1:], args, strict=True)))
+    with mock.patch.object(native, 'library', native.library if library == 'native' else None):
+        step = measure._step(side, training)
+        step()  # draws the output's gradient
+        peak = measure._peak_bytes(step, args[0].device)
+    assert peak < 49 * args[1].nbytes / 8
 
 
 def test_it_can_be_differentiated_once_only():
