@@ -14,7 +14,7 @@ from mmslide.messages import listed
 
 
 def build_model(cfg: Config, device: str = 'cpu') -> nn.Module:
-    """The model of a whole config of mmdet or mmseg, its SyncBN as BN.
+    """The model of a whole config of mmdet, mmseg or mmpretrain, its SyncBN as BN.
 
     On the device 'meta' this takes neither memory nor time, unless a part reads tensors while it is built, as mmdet's
     Swin does.

@@ -130,6 +130,12 @@ def unwrapped(dataset: Any) -> Iterator[dict]:
             yield dataset
 
 
+def data_prefixes(dataset: dict) -> list[Any]:
+    """A data set's folders: `data_prefix` of any form, or else the `split` of mmpretrain's ImageNet."""
+    prefixes = dataset.get('data_prefix') or dataset.get('split')
+    return list(prefixes.values()) if isinstance(prefixes, dict) else [prefixes]
+
+
 def evaluators(config: Config, loader: str) -> list[dict]:
     """The configs of a dataloader's metrics; training has none."""
     return list(dicts(config.get(loader.replace('dataloader', 'evaluator'))))
@@ -138,8 +144,8 @@ def evaluators(config: Config, loader: str) -> list[dict]:
 class DatasetCheck:
     """What a data set holds, and what keeps a config from using it.
 
-    Data sets in the format of mmdet's CocoDataset and mmseg's BaseSegDataset are read. Of others, and of files that are
-    not on a local disk, only those paths are checked that can be.
+    Data sets in the format of mmdet's CocoDataset, mmseg's BaseSegDataset and mmpretrain's CustomDataset (ImageNet) are
+    read. Of others, and of files that are not on a local disk, only those paths are checked that can be.
 
     Args:
         config: the whole config.
@@ -150,8 +156,8 @@ class DatasetCheck:
     Attributes:
         name: the dataloader and the file or folder that lists the images.
         images: number of images; None if they were not counted, like the next.
-        annotations: number of instances that mmdet uses, or of label maps that were read.
-        per_class: for each class the number of its instances, or of the label maps that it occurs in.
+        annotations: number of instances that mmdet uses, of label maps that were read, or of labelled images.
+        per_class: for each class the number of its instances, of the label maps that it occurs in, or of its images.
         problems: one exception for each kind, which names the first file or value of that kind.
     """
 
@@ -175,6 +181,7 @@ class DatasetCheck:
         check = {
             ('mmdet', 'CocoDataset.load_data_list'): self._check_coco,
             ('mmseg', 'BaseSegDataset.load_data_list'): self._check_segmentation,
+            ('mmpretrain', 'CustomDataset.load_data_list'): self._check_classification,
         }.get(self._reader())
         if missing or check is None:
             return
@@ -189,12 +196,12 @@ class DatasetCheck:
         try:
             self.dataset = DATASETS.build({**self.options, **changes})
         except (ValueError, AssertionError) as error:  # of mmseg, about the classes
-            yield ValueError(
-                f"{self.loader}: {error}; classes other than the data set's own need type='BaseSegDataset' and "
-                'metainfo=dict(classes=(...))'
-            )
+            hint = "; classes other than the data set's own need type='BaseSegDataset' and metainfo=dict(classes=(...))"
+            yield ValueError(f'{self.loader}: {error}{hint if check == self._check_segmentation else ""}')
             return
         classes = self.dataset.metainfo.get('classes')
+        if not classes and check == self._check_classification:
+            classes = self._class_folders()
         if not classes or isinstance(classes, str):
             yield ValueError(
                 f'{self.loader}: the data set has classes={classes!r}; '
@@ -215,11 +222,8 @@ class DatasetCheck:
 
     def _missing_paths(self) -> Iterator[Exception]:
         root = self.options.get('data_root') or ''
-        prefixes = self.options.get('data_prefix')
         paths = [(self.options.get('ann_file'), [self.options])]
-        paths += [
-            (prefix, self._file_readers()) for prefix in (prefixes.values() if isinstance(prefixes, dict) else ())
-        ]
+        paths += [(prefix, self._file_readers()) for prefix in data_prefixes(self.options)]
         paths = [(os.path.join(root, part), readers) for part, readers in paths if isinstance(part, str)]
         paths += [(evaluator.get('ann_file'), [evaluator]) for evaluator in self.evaluators]
         for path, readers in paths:
@@ -255,7 +259,8 @@ class DatasetCheck:
         def walk(node: Any, path: str) -> Iterator[tuple[str, dict]]:
             if isinstance(node, dict):
                 counts = isinstance(node.get('num_classes'), int) and not node.get('class_agnostic')
-                if counts and 'head' in path and node.get('type') not in OTHER_HEADS:
+                labels = 'head' in path or path == 'model.data_preprocessor'  # mmpretrain's mixes labels
+                if counts and labels and node.get('type') not in OTHER_HEADS:
                     yield path, node
                 items: Iterable[tuple[Any, Any]] = node.items()
             else:
@@ -474,6 +479,65 @@ class DatasetCheck:
                 f'{example}, but the pipeline loads masks: add masks, or take a detector without them, such as '
                 'RetinaNet'
             )
+
+    def _class_folders(self) -> list[str]:
+        """The folders after which mmpretrain names the classes, where no ann_file does."""
+        folder = self.dataset.img_prefix
+        if self.dataset.ann_file or not self.is_local or not os.path.isdir(folder):
+            return []
+        return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith('.'))
+
+    def _check_classification(self) -> Iterator[Exception]:
+        dataset = self.dataset
+        folder = dataset.img_prefix
+        self.name = f'{self.loader}: {dataset.ann_file or folder}'
+        if not dataset.with_label:
+            return
+        wrong = [*self._wrong_num_classes(), *self._wrong_topk()]
+        yield from wrong
+        if wrong or not (self.is_local and is_local(folder, *self._file_readers())):
+            return
+        if not dataset.ann_file:
+            found = self._class_folders()
+            if len(found) != len(self.classes):
+                yield ValueError(
+                    f'{folder} must have a folder for each of the {len(self.classes)} classes, but has {len(found)} '
+                    f'({listed(found)})'
+                )
+                return
+            files = (file for name in found for _, _, names in os.walk(os.path.join(folder, name)) for file in names)
+            if not any(dataset.is_valid_file(file) for file in files):
+                yield ValueError(
+                    f'{folder} has no image: none of its files ends in {listed(sorted(dataset.extensions), 10)}'
+                )
+                return
+        if self.everything:
+            yield from self._check_labelled_images()
+
+    def _wrong_topk(self) -> Iterator[Exception]:
+        for evaluator in self.evaluators:
+            topk = evaluator.get('topk', 1)
+            if np.max(topk) > len(self.classes):
+                kind, number = evaluator.get('type'), len(self.classes)
+                yield ValueError(f'{self.name} has {number} classes, but {kind} has topk={topk}: {number} is the most')
+
+    def _check_labelled_images(self) -> Iterator[Exception]:
+        samples = self.dataset.load_data_list()
+        self.images = self.annotations = len(samples)
+        faults: dict[str, list[str]] = defaultdict(list)
+        paths = [sample['img_path'] for sample in samples]
+        sizes = in_threads(image_size, paths, f'{self.loader}: images') if self._opens_images() else [None] * len(paths)
+        for sample, size in zip(samples, sizes, strict=True):
+            label = sample['gt_label']
+            if isinstance(size, Exception):
+                faults['replace it or remove it'].append(f'{sample["img_path"]} cannot be read ({size})')
+            if 0 <= label < len(self.classes):
+                self.per_class[self.classes[label]] += 1
+            else:
+                faults[f'labels of {len(self.classes)} classes are 0 to {len(self.classes) - 1}'].append(
+                    f'{sample["img_path"]} has the label {label}'
+                )
+        yield from grouped(faults)
 
     def _check_segmentation(self) -> Iterator[Exception]:
         dataset = self.dataset

@@ -20,9 +20,10 @@ from mmengine.utils import import_modules_from_strings
 
 from mmslide.build import build_model, counted, load_weights, load_what_fits
 from mmslide.checkpoints import find_state_dict, meta_of, non_finite, read_checkpoint
-from mmslide.data import dicts, move_data, named_dicts, unwrapped
+from mmslide.data import data_prefixes, dicts, move_data, named_dicts, unwrapped
 from mmslide.files import find_config, refuse_inputs
 from mmslide.messages import INPUT_ERRORS, exit_on, listed, message
+from mmslide.stack import check_scope
 
 # Of a config, beside the arguments of mmengine's Runner: what it looks up later, and what tools look up.
 RUNNER_KEYS = (
@@ -72,6 +73,7 @@ def read_config(args: Namespace, *needed: str) -> Config:
     Raises:
         FileNotFoundError: there is no such config.
         ValueError: it cannot be read or lacks something; or see `merge_options`.
+        ImportError: see `check_scope`.
     """
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     config = config_with_options(args.config, args.cfg_options)
@@ -90,11 +92,13 @@ def config_with_options(name: str, options: dict[str, Any]) -> Config:
     Raises:
         FileNotFoundError: there is no such config.
         ValueError: it cannot be read; or see `merge_options` and `move_data`.
+        ImportError: see `check_scope`.
     """
     config = config_from_file(name)
     options = dict(options)
     data_root = options.pop('data_root', None)
     merge_options(config, options)
+    check_scope(config.get('default_scope'))
     if data_root is not None:
         move_data(config, data_root)
     return config
@@ -395,26 +399,27 @@ def set_auto_scale_lr(config: Config) -> None:
 
 
 def set_out(config: Config, out: str) -> None:
-    """Writes the test's predictions: one pickle file for detection, a folder of label maps for segmentation.
+    """Writes the test's predictions: one pickle file for detection and classification, a folder of label maps for
+    segmentation.
 
     Raises:
-        ValueError: the path does not fit the task or is an input, or the config's default_scope is neither mmdet nor
-            mmseg.
+        ValueError: the path does not fit the task or is an input, or the config's default_scope is none of mmdet, mmseg
+            and mmpretrain.
     """
     scope = config.get('default_scope')
-    if scope == 'mmdet':
+    evaluators = config.test_evaluator if isinstance(config.test_evaluator, list) else [config.test_evaluator]
+    if scope in ('mmdet', 'mmpretrain'):
+        task, dump = ('detection', 'DumpDetResults') if scope == 'mmdet' else ('classification', 'DumpResults')
         if not out.endswith(('.pkl', '.pickle')) or os.path.isdir(out):
-            raise ValueError(f'--out must be a .pkl file for detection, got {out}')
-        evaluators = config.test_evaluator if isinstance(config.test_evaluator, list) else [config.test_evaluator]
-        config.test_evaluator = [*evaluators, dict(type='DumpDetResults', out_file_path=out)]
+            raise ValueError(f'--out must be a .pkl file for {task}, got {out}')
+        config.test_evaluator = [*evaluators, dict(type=dump, out_file_path=out)]
     elif scope == 'mmseg':
         if out.endswith(('.pkl', '.pickle')) or os.path.isfile(out):
             raise ValueError(f'--out must be a folder for segmentation, got {out}')
-        evaluators = config.test_evaluator if isinstance(config.test_evaluator, list) else [config.test_evaluator]
         for evaluator in evaluators:
             evaluator.update(output_dir=out, keep_results=True)
     else:
-        raise ValueError(f"--out needs a config with default_scope 'mmdet' or 'mmseg', got {scope!r}")
+        raise ValueError(f"--out needs a config with default_scope 'mmdet', 'mmseg' or 'mmpretrain', got {scope!r}")
     refuse_inputs(out, _inputs(config))
 
 
@@ -429,14 +434,17 @@ def set_show(config: Config, show: bool, show_dir: str | None, wait_time: float)
         raise ValueError('--show and --show-dir need default_hooks.visualization and visualizer in the config')
     if show_dir:
         refuse_inputs(show_dir, _inputs(config))
-    hook.draw = True
+    scope = config.default_scope
+    hook['enable' if scope == 'mmpretrain' else 'draw'] = True
     if show:
         hook.update(show=True, wait_time=wait_time)
-    if show_dir and config.default_scope == 'mmdet':
+    if show_dir and scope == 'mmdet':
         hook.test_out_dir = os.path.abspath(show_dir)  # a relative one would go below the work_dir's time stamp
+    elif show_dir and scope == 'mmpretrain':
+        hook.out_dir = show_dir
     elif show_dir:
         config.visualizer.save_dir = show_dir
-    if config.default_scope == 'mmseg':
+    if scope in ('mmseg', 'mmpretrain'):
         hook.interval = 1
 
 
@@ -444,8 +452,7 @@ def _inputs(config: Config) -> list[str]:
     """The files and folders that a test reads."""
     paths = [config.filename, config.get('load_from')]
     for dataset in dicts(config.get('test_dataloader')):
-        prefixes = dataset.get('data_prefix')
-        parts = [dataset.get('ann_file'), *(prefixes.values() if isinstance(prefixes, dict) else ())]
+        parts = [dataset.get('ann_file'), *data_prefixes(dataset)]
         paths += [os.path.join(dataset.get('data_root') or '', part) for part in parts if isinstance(part, str)]
     return [path for path in paths if path]
 

@@ -1,4 +1,4 @@
-"""Multiply-adds and parameters of a whole detector or segmentor, the matrix products of attention included."""
+"""Multiply-adds and parameters of a whole model, the matrix products of attention included."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,9 +16,16 @@ from mmslide.models.attention import SlideAttention
 # (height, width), as in the papers' tables.
 DETECTION_SHAPE = (800, 1280)
 SEGMENTATION_SHAPE = (512, 2048)
+CLASSIFICATION_SHAPE = (224, 224)
 BOX_PROPOSALS = 1000
 MASK_PROPOSALS = 100
-DENSE_HEADS = {'decode_head': 'decode head', 'rpn_head': 'RPN head', 'bbox_head': 'dense head'}
+HEADS = {
+    'decode_head': 'decode head',
+    'rpn_head': 'RPN head',
+    'bbox_head': 'dense head',
+    'head': 'classification head',
+}
+SHAPES = {'decode_head': SEGMENTATION_SHAPE, 'head': CLASSIFICATION_SHAPE}
 ROI_HEADS = {'bbox': ('box head', BOX_PROPOSALS), 'mask': ('mask head', MASK_PROPOSALS)}
 
 
@@ -56,9 +63,9 @@ def count_complexity(cfg: Config, shape: Sequence[int] | None = None) -> Complex
     parameters and no multiply-adds.
 
     Args:
-        cfg: a whole config of mmdet or mmseg.
-        shape: (height, width) of the image, padding included; None is 800×1280 for a detector and 512×2048 for a
-            segmentor.
+        cfg: a whole config of mmdet, mmseg or mmpretrain.
+        shape: (height, width) of the image, padding included; None is 800×1280 for a detector, 512×2048 for a segmentor
+            and 224×224 for a classifier.
 
     Raises:
         ValueError: the model has no backbone, or no head that runs on feature maps alone.
@@ -66,13 +73,15 @@ def count_complexity(cfg: Config, shape: Sequence[int] | None = None) -> Complex
     if 'backbone' not in cfg.get('model', {}):
         raise ValueError(f'only models with a backbone can be counted, got {cfg.get("model", {}).get("type")}')
     model: Any = build_model(cfg, 'meta').eval()
-    dense_heads = [name for name in DENSE_HEADS if hasattr(model, name)]
-    if not dense_heads:
-        raise ValueError(f'only models with a decode, RPN or box head can be counted, got {type(model).__name__}')
+    heads = [name for name in HEADS if hasattr(model, name)]
+    if not heads:
+        raise ValueError(
+            f'only models with a decode, RPN, box or classification head can be counted, got {type(model).__name__}'
+        )
     for module in model.modules():
         if isinstance(module, SlideAttention):
             module.backend = None  # on the meta device the op then takes the backend that is made of countable products
-    height, width = shape or (SEGMENTATION_SHAPE if 'decode_head' in dense_heads else DETECTION_SHAPE)
+    height, width = shape or SHAPES.get(heads[0], DETECTION_SHAPE)
     parts = []
 
     def run(name: str, module: nn.Module, x: Tensor | Sequence[Tensor]) -> Any:
@@ -88,8 +97,8 @@ def count_complexity(cfg: Config, shape: Sequence[int] | None = None) -> Complex
     maps = run('backbone', model.backbone, torch.empty(1, 3, height, width, device='meta'))
     if model.with_neck:
         maps = run('neck', model.neck, maps)
-    for name in dense_heads:
-        run(DENSE_HEADS[name], getattr(model, name), maps)
+    for name in heads:
+        run(HEADS[name], getattr(model, name), maps)
     for name, head, rois in _roi_heads(model):
         run(name, head, rois)
     unused = _params(model) - sum(part.params for part in parts)

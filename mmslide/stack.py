@@ -1,9 +1,13 @@
-"""What mmslide needs of the packages around it: their versions, and their place in torch's checkpoint sandbox."""
+"""What mmslide needs of the packages around it: their versions, torchvision's operators, and their place in torch's
+checkpoint sandbox.
+"""
 
 import importlib
 import pickle
+import sys
 from collections.abc import Callable
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -25,6 +29,10 @@ VERSIONS = {
 }
 REQUIRED = ('torch', 'mmengine', 'mmcv')
 DISTRIBUTIONS = {'mmseg': 'mmsegmentation'}
+# Imported by classification configs only: it takes seconds.
+MMPRETRAIN = ('1.0', '2')
+# What `import torchvision` describes to torch, whether or not its compiled operators have been loaded.
+TORCHVISION_OPERATORS = ('nms', 'qnms')
 
 
 def check_versions() -> None:
@@ -35,22 +43,78 @@ def check_versions() -> None:
             mmengine's registries swallow: users would read "SlidePVT is not in the registry".
     """
     for name, (minimum, limit) in VERSIONS.items():
-        wanted = f'"{DISTRIBUTIONS.get(name, name)}>={minimum},<{limit}"'
-        if find_spec(name) is None:
-            if name in REQUIRED:
-                raise RuntimeError(f'mmslide needs {name}, which is not installed. Run: mim install {wanted}')
+        if find_spec(name) is not None:
+            problem = _problem(name, minimum, limit)
+        elif name in REQUIRED:
+            problem = f'mmslide needs {name}, which is not installed. Run: mim install {_wanted(name, minimum, limit)}'
+        else:
             continue
+        if problem:
+            raise RuntimeError(problem)
+
+
+def check_scope(scope: str | None) -> None:
+    """Checks that the default_scope of a config can be used: classification needs mmpretrain, which is optional.
+
+    Raises:
+        ImportError: mmpretrain or the torchvision that it imports is missing, or mmpretrain is too old, too new, or
+            refuses its own neighbours.
+    """
+    if scope != 'mmpretrain':
+        return
+    if find_spec(scope) is None:
+        raise ImportError(
+            "classification needs mmpretrain, which is not installed. Run: pip install 'mmslide[classification]'"
+        )
+    if find_spec('torchvision') is None:
+        # The extra does not name it: without torch in the command pip would take another version of torch.
+        torch_version = torch.__version__.split('+')[0]
+        raise ImportError(
+            f'mmpretrain needs torchvision, which is not installed. Run: pip install torchvision torch=={torch_version}'
+        )
+    if problem := _problem(scope, *MMPRETRAIN):
+        raise ImportError(problem)
+
+
+def _problem(name: str, minimum: str, limit: str) -> str | None:
+    """Why an installed package does not fit, and the command that fixes it."""
+    wanted = _wanted(name, minimum, limit)
+    try:
+        # The packages of some forks have other distribution names, so the module is asked.
+        version = importlib.import_module(name).__version__
+    except AssertionError as error:  # how mmdet, mmseg and mmpretrain refuse a version of mmcv or mmengine
+        return f'{name} refuses the packages beside it: {error} Run: mim install {wanted} "mmcv>=2.0.0,<2.2.0"'
+    if digit_version(minimum) <= digit_version(version) < digit_version(limit):
+        return None
+    return f'mmslide works with {wanted}, but {name} {version} is installed. Run: mim install {wanted}'
+
+
+def _wanted(name: str, minimum: str, limit: str) -> str:
+    return f'"{DISTRIBUTIONS.get(name, name)}>={minimum},<{limit}"'
+
+
+def declare_torchvision_operators() -> None:
+    """Lets `import torchvision`, which mmpretrain and mmengine need, succeed where its compiled operators do not load.
+
+    Its wheels on PyPI are built for CUDA. With a CPU build of torch the import ends with "operator torchvision::nms
+    does not exist", since torchvision describes operators that were never loaded. They are declared here, without an
+    implementation: transforms work, and `torchvision.ops` still explains that its operators are missing.
+    """
+    spec = find_spec('torchvision')
+    if spec is None or not spec.origin or 'torchvision' in sys.modules or hasattr(torch.ops.torchvision, 'nms'):
+        return
+    for library in Path(spec.origin).parent.glob('_C*'):
         try:
-            # The packages of some forks have other distribution names, so the module is asked.
-            version = importlib.import_module(name).__version__
-        except AssertionError as error:  # how mmdet and mmseg refuse a version of mmcv or mmengine
-            raise RuntimeError(
-                f'{name} refuses the packages beside it: {error} Run: mim install {wanted} "mmcv>=2.0.0,<2.2.0"'
-            ) from error
-        if not digit_version(minimum) <= digit_version(version) < digit_version(limit):
-            raise RuntimeError(
-                f'mmslide works with {wanted}, but {name} {version} is installed. Run: mim install {wanted}'
-            )
+            torch.ops.load_library(library)
+        except OSError:
+            continue
+        return
+    for name in TORCHVISION_OPERATORS:
+        _torchvision.define(f'{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor')
+
+
+# Operators last as long as the library that they were declared by.
+_torchvision = torch.library.Library('torchvision', 'FRAGMENT')
 
 
 STATISTICS = ('min', 'max', 'current', 'mean')

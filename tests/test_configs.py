@@ -21,7 +21,10 @@ from mmslide.build import build_model, load_what_fits
 
 ROOT = Path(__file__).parents[1]
 BASES = sorted((ROOT / 'configs/_base_').rglob('*.py'))
-CONFIGS = sorted(set((ROOT / 'configs').rglob('*.py')) - set(BASES))
+ALL = sorted(set((ROOT / 'configs').rglob('*.py')) - set(BASES))
+# Classifiers have tests of their own, in test_classification.py.
+IN1K = [path for path in ALL if path.stem.endswith('_in1k')]
+CONFIGS = [path for path in ALL if path not in IN1K and 'imagenet' not in path.stem]
 MINI = [path for path in CONFIGS if path.parent.name == 'mini']
 FINETUNE = [path for path in CONFIGS if path.parent.name == 'finetune']
 ZOO = [path for path in CONFIGS if path not in (*MINI, *FINETUNE)]
@@ -74,7 +77,7 @@ def inner_keys(value):
 
 
 def test_names_are_unique():
-    names = [path.name for path in CONFIGS + BASES]
+    names = [path.name for path in ALL + BASES]
     assert len(set(names)) == len(names)
 
 
@@ -337,14 +340,14 @@ def test_metafiles():
             assert model['Metadata']['Batch Size'] == cfg.auto_scale_lr.base_batch_size
             listed.append(config)
     assert len(set(listed)) == len(listed)
-    assert set(listed) == set(ZOO)
+    assert set(listed) == {*ZOO, *IN1K}
 
 
 @pytest.mark.filterwarnings('ignore')
 def test_mim_reads_the_model_index(capsys):
     search = pytest.importorskip('mim.commands.search')
     frame = search.convert2df(search.load(str(ROOT / 'model-index.yml')))
-    assert set(frame.index) == {path.stem for path in ZOO}
+    assert set(frame.index) == {path.stem for path in (*ZOO, *IN1K)}
     assert frame.loc['mask-rcnn_slide-pvt-t_fpn_1x_coco', 'parameters(M)'] == pytest.approx(32, abs=0.6)
     assert not [column for column in frame.columns if 'coco/' in column or 'ade20k/' in column]
     (weight,) = set(frame['weight'])
@@ -358,7 +361,7 @@ def test_mim_reads_the_model_index(capsys):
 @pytest.mark.parametrize('metafile', METAFILES, ids=lambda path: path.parent.name)
 def test_readme_links_to_every_config(metafile):
     links = re.findall(r'\]\(([^)]+\.py)\)', (metafile.parent / 'README.md').read_text())
-    assert sorted(links) == sorted(path.name for path in ZOO if path.parent == metafile.parent)
+    assert sorted(links) == sorted(path.name for path in (*ZOO, *IN1K) if path.parent == metafile.parent)
 
 
 @pytest.mark.parametrize('metafile', METAFILES, ids=lambda path: path.parent.name)
@@ -366,5 +369,5 @@ def test_readme_says_where_each_setting_comes_from(metafile):
     lines = (metafile.parent / 'README.md').read_text().splitlines()
     sources = [line.split(' | ')[-1].removesuffix(' |') for line in lines if line.startswith('| [')]
     assert sources
-    assert set(sources) <= {'paper', "laboratory's files", "host's authors", 'inferred'}
+    assert set(sources) <= {'paper', "authors' files", "laboratory's files", "host's authors", 'inferred'}
     assert all(line.endswith('| setting |') for line in lines if line.startswith('| config |'))

@@ -115,19 +115,32 @@ def test_categories_are_those_of_the_host():
     assert classes[mini.WALL - 1] == 'wall'
 
 
-def test_shapes_are_what_they_are_called():
+def assert_shape(shape, mask):
     # A shape's share of the smallest circle around it: 1, from 1.6/π to 2/π, at most 1.3/π; and what rasterising adds.
-    limits = dict(disk=(0.93, 1.0), rectangle=(0.48, 0.72), triangle=(0.2, 0.46))
+    least, most = dict(disk=(0.93, 1.0), rectangle=(0.48, 0.72), triangle=(0.2, 0.46))[shape]
+    _, radius = cv2.minEnclosingCircle(np.argwhere(mask).astype(np.int32))
+    assert least < mask.sum() / (np.pi * (radius + 0.5) ** 2) < most
+
+
+def test_shapes_are_what_they_are_called():
     seen = set()
     for seed in range(60):
         shape, mask = mini.draw_scene(np.random.default_rng(seed), 256)[1][-1]  # on top of all others
-        points = np.argwhere(mask).astype(np.int32)
+        points = np.argwhere(mask)
         if points.min() > 0 and points.max() < 255:
-            _, radius = cv2.minEnclosingCircle(points)
-            least, most = limits[shape]
-            assert least < mask.sum() / (np.pi * (radius + 0.5) ** 2) < most
+            assert_shape(shape, mask)
             seen.add(shape)
     assert seen == set(mini.SHAPES)
+
+
+@pytest.mark.parametrize('split', mini.SPLITS)
+def test_single_shapes_lie_in_folders_of_their_names(made, split):
+    folders = sorted((made / 'imagenet' / split).iterdir())
+    assert [folder.name for folder in folders] == sorted(mini.SHAPES)
+    assert sum(len(list(folder.iterdir())) for folder in folders) == SIZES[f'num_{split}']
+    for shape in mini.SHAPES:
+        image = mini.draw_single_shape(np.random.default_rng(0), shape, 256)
+        assert_shape(shape, cv2.GaussianBlur(image, (5, 5), 0).mean(2) > 128)
 
 
 def test_running_again_does_nothing(made, capsys, monkeypatch):

@@ -16,6 +16,7 @@ from mmslide.messages import INPUT_ERRORS, exit_on
 
 LOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
 MAX_PROBLEMS = 20
+CLASSIFIED_SIDE = 256  # pixels of the short side, for labels that can be read
 
 
 def summary(check: DatasetCheck) -> Table:
@@ -50,7 +51,11 @@ def draw(config: Config, folder: str, number: int) -> None:
             labels = nn.functional.interpolate(sample.gt_sem_seg.data[None].float(), image.shape[:2])[0]
             sample.gt_sem_seg = PixelData(data=labels.to(sample.gt_sem_seg.data.dtype))
         name = f'{index:06d}_{Path(sample.img_path).stem}'
-        visualizer.add_datasample(name, image, sample, draw_pred=False, out_file=str(Path(folder, f'{name}.png')))
+        options = dict(draw_pred=False, out_file=str(Path(folder, f'{name}.png')))
+        if hasattr(visualizer, 'visualize_cls'):  # mmpretrain's
+            visualizer.visualize_cls(image, sample, resize=CLASSIFIED_SIDE, **options)
+        else:
+            visualizer.add_datasample(name, image, sample, **options)
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ def main() -> None:
         type=int,
         nargs=2,
         metavar=('HEIGHT', 'WIDTH'),
-        help='of the image in pixels; 800 1280 for detection and 512 2048 for segmentation if not given',
+        help='of the image in pixels (default: detection 800 1280, segmentation 512 2048, classification 224 224)',
     )
     with exit_on(*INPUT_ERRORS):
         args = parser.parse_args()

@@ -1,8 +1,9 @@
-"""Makes a small COCO and ADE20K look-alike of drawn shapes, for demos and tests that must run anywhere."""
+"""Makes a small COCO, ADE20K and ImageNet look-alike of drawn shapes, for demos and tests that must run anywhere."""
 
 import argparse
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -12,8 +13,8 @@ from numpy.random import Generator
 from pycocotools import mask as rle
 
 # Goes up whenever the same settings give other files.
-VERSION = 1
-# Shape: the COCO category and the ADE20K class (number and name) it stands for.
+VERSION = 2
+# Shape, and folder in ImageNet's layout: the COCO category and the ADE20K class (number and name) it stands for.
 SHAPES = {
     'disk': ('sports ball', 120, 'ball'),
     'rectangle': ('tv', 42, 'box'),
@@ -54,8 +55,9 @@ def make_mini_dataset(
 ) -> bool:
     """Draws the data set into a new folder, which appears only when it is complete.
 
-    Below out_dir, `coco/` is laid out like COCO 2017 and `ade/` like ADE20K; both show the same scenes. Same settings
-    give the same files, and image i of a split does not depend on how many there are.
+    Below out_dir, `coco/` is laid out like COCO 2017 and `ade/` like ADE20K; both show the same scenes. `imagenet/` is
+    laid out like ImageNet and shows single shapes. Same settings give the same files, and image i of a split does not
+    depend on how many there are.
 
     Args:
         size: height and width of the images in pixels, at least 32.
@@ -93,6 +95,7 @@ def make_mini_dataset(
         root = Path(temporary) / 'root'
         for index, (split, count) in enumerate((('train', num_train), ('val', num_val))):
             _write_split(root, split, count, [seed, index], size)
+            _write_single_shapes(root / 'imagenet' / split, count, [seed, index], size)
         (root / SETTINGS_FILE).write_text(json.dumps(settings) + '\n')
         root.rename(out)
     return True
@@ -118,16 +121,36 @@ def draw_scene(rng: Generator, size: int) -> tuple[np.ndarray, list[tuple[str, n
             visible.append((shape, part))
             covered |= mask
     visible.reverse()
+    return _paint(rng, [mask for _, mask in visible], size), visible
 
-    # Colours and textures come from one distribution for all shapes and the background: they say nothing of the class.
-    image, strength = _texture(rng, size)
+
+def draw_single_shape(rng: Generator, shape: str, size: int) -> np.ndarray:
+    """An image, uint8 (size, size, 3), of one large and whole shape, which is lighter than the background: one label an
+    image teaches less than boxes and masks do.
+    """
+    while True:
+        mask = _draw_shape(rng, shape, size, least=0.2)
+        if not (mask[[0, -1]].any() or mask[:, [0, -1]].any()):
+            return _paint(rng, [mask], size, dark=(0, 96), light=(160, 255))
+
+
+def _paint(
+    rng: Generator,
+    masks: Sequence[np.ndarray],
+    size: int,
+    dark: tuple[int, int] = (0, 255),
+    light: tuple[int, int] = (0, 255),
+) -> np.ndarray:
+    """An image of shapes with colours in the range `light` on a background with colours in the range `dark`."""
+    # Colours and textures come from one distribution for all shapes: they say nothing of the class.
+    image, strength = _texture(rng, size, dark)
     noise = np.full((size, size), strength, np.float32)
-    for _, mask in visible:
-        texture, strength = _texture(rng, size)
+    for mask in masks:
+        texture, strength = _texture(rng, size, light)
         image[mask] = texture[mask]
         noise[mask] = strength
     image += noise[..., None] * rng.standard_normal(image.shape, np.float32)
-    return image.round().clip(0, 255).astype(np.uint8), visible
+    return image.round().clip(0, 255).astype(np.uint8)
 
 
 def coco_categories() -> list[dict]:
@@ -137,10 +160,10 @@ def coco_categories() -> list[dict]:
     return [dict(supercategory=above, id=number, name=name) for number, (name, above) in zip(ids, names, strict=True)]
 
 
-def _draw_shape(rng: Generator, shape: str, size: int) -> np.ndarray:
-    """The whole shape, before anything hides it: bool (size, size)."""
+def _draw_shape(rng: Generator, shape: str, size: int, least: float = 0.08) -> np.ndarray:
+    """The whole shape, before anything hides it: bool (size, size). Its radius is at least `least` of the image."""
     mask = np.zeros((size, size), np.uint8)
-    radius = size * math.exp(rng.uniform(math.log(0.08), math.log(0.3)))
+    radius = size * math.exp(rng.uniform(math.log(least), math.log(0.3)))
     center = rng.uniform(0.1 * size, 0.9 * size, 2)
     if shape == 'disk':
         cv2.circle(mask, center.round().astype(int).tolist(), round(radius), 1, cv2.FILLED)
@@ -157,9 +180,9 @@ def _draw_shape(rng: Generator, shape: str, size: int) -> np.ndarray:
     return mask.astype(bool)
 
 
-def _texture(rng: Generator, size: int) -> tuple[np.ndarray, float]:
+def _texture(rng: Generator, size: int, colors: tuple[int, int]) -> tuple[np.ndarray, float]:
     """A surface in two colours, float32 (size, size, 3), and the standard deviation of its noise."""
-    first, second = rng.uniform(0, 255, (2, 3)).astype(np.float32)
+    first, second = rng.uniform(*colors, (2, 3)).astype(np.float32)
     angle, period = rng.uniform(0, math.pi), size * rng.uniform(0.04, 0.2)
     y, x = np.mgrid[:size, :size].astype(np.float32)
     u, v = x * math.cos(angle) + y * math.sin(angle), y * math.cos(angle) - x * math.sin(angle)
@@ -206,7 +229,7 @@ def _write_split(root: Path, split: str, count: int, seed: list[int], size: int)
             )
         name, ade_name = f'{number:012d}', f'ADE_{split}_{number:08d}'
         images.append(dict(id=number, file_name=f'{name}.jpg', height=size, width=size))
-        jpeg = cv2.imencode('.jpg', image, [cv2.IMWRITE_JPEG_QUALITY, 95])[1].tobytes()
+        jpeg = _jpeg(image)
         (coco_images / f'{name}.jpg').write_bytes(jpeg)
         (ade_images / f'{ade_name}.jpg').write_bytes(jpeg)
         (ade_maps / f'{ade_name}.png').write_bytes(cv2.imencode('.png', semantic)[1].tobytes())
@@ -214,6 +237,19 @@ def _write_split(root: Path, split: str, count: int, seed: list[int], size: int)
     annotation_file.write_text(
         json.dumps(dict(info=info, licenses=[], images=images, annotations=annotations, categories=categories))
     )
+
+
+def _write_single_shapes(root: Path, count: int, seed: list[int], size: int) -> None:
+    for shape in SHAPES:
+        (root / shape).mkdir(parents=True)
+    for number in range(1, count + 1):
+        shape = list(SHAPES)[number % len(SHAPES)]
+        image = draw_single_shape(np.random.default_rng([*seed, number, 1]), shape, size)
+        (root / shape / f'{shape}_{number:08d}.jpg').write_bytes(_jpeg(image))
+
+
+def _jpeg(image: np.ndarray) -> bytes:
+    return cv2.imencode('.jpg', image, [cv2.IMWRITE_JPEG_QUALITY, 95])[1].tobytes()
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, DefaultScope
 from torch import Tensor, nn
 
-from mmslide.flops import DENSE_HEADS, count_macs
+from mmslide.flops import HEADS, count_macs
 from mmslide.models import SlideCSWin, SlideNAT, SlidePVT, SlidePVTv2, SlideSwin, TwinsPCPVT, TwinsSVT
 from mmslide.models.attention import SlideAttention
 from mmslide.ops import fixed_shift, merge_paths, neighborhood_attention, slide_attention
@@ -329,7 +329,7 @@ class _Tensors(nn.Module):
 
     def forward(self, image: Tensor) -> list[Tensor]:
         maps = self.model.extract_feat(image)
-        heads = [getattr(self.model, name) for name in DENSE_HEADS if hasattr(self.model, name)]
+        heads = [getattr(self.model, name) for name in HEADS if hasattr(self.model, name)]
         return [x for head in heads for x in _flatten(head(maps))]
 
 

@@ -53,7 +53,7 @@ def load_pretrained(
     target = model.state_dict()
     if any(key.endswith('.fused_weight') for key in target):
         state = fuse_slide_attention(state)
-    state, resized = _fit(state, target)
+    state, resized = _fit(_place_last_norm(state, target), target)
 
     missing = [key for key in target if key not in state]
     unexpected = [key for key in state if key not in target]
@@ -106,6 +106,23 @@ def key_table(groups: Mapping[str, Sequence[str]]) -> Table:
 
 def _stage(key: str) -> str:
     return '.'.join(key.split('.')[:2])
+
+
+def _place_last_norm(state: StateDict, target: StateDict) -> StateDict:
+    """A classifier's norm after the last stage, `norm` in most layouts, for a model that has such a norm alone.
+
+    It is no norm of an output: detectors and segmentors start theirs anew, from our checkpoints as from the authors'.
+    """
+    last = max((_stage(key) for key in state if key.startswith('stages.')), default='')
+    norm = f'{last}.norm.'
+    lone = [
+        {_stage(key) for key in keys if re.match(r'stages\.\d+\.norm\.', key)} == {last} for keys in (state, target)
+    ]
+    for found, before, after in zip(lone, (norm, 'norm.'), ('norm.', norm), strict=True):
+        if found:
+            names = {key: after + key[len(before) :] for key in state if key.startswith(before)}
+            state = {names.get(key, key): value for key, value in state.items()}
+    return state
 
 
 def _host_kinds(keys: Iterable[str]) -> set[str]:

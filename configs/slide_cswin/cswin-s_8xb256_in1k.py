@@ -1,0 +1,2 @@
+_base_ = 'slide-cswin-s_8xb256_in1k.py'
+model = dict(backbone=dict(slide_stages=()))

@@ -1,0 +1,2 @@
+_base_ = 'slide-nat-mini_8xb128_in1k.py'
+model = dict(backbone=dict(arch='tiny'))

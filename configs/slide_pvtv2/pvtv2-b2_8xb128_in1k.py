@@ -1,0 +1,2 @@
+_base_ = 'slide-pvtv2-b2_8xb128_in1k.py'
+model = dict(backbone=dict(slide_stages=()))

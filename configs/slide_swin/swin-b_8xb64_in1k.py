@@ -1,0 +1,2 @@
+_base_ = 'slide-swin-b_8xb64_in1k.py'
+model = dict(backbone=dict(slide_stages=()))

@@ -1,0 +1,2 @@
+_base_ = 'twins-pcpvt-s_8xb128_in1k.py'
+model = dict(backbone=dict(type='mmslide.TwinsSVT'))
