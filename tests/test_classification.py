@@ -120,7 +120,6 @@ def test_pipelines_run():
     [
         ('pcpvt_small_v0_cls_224', 'twins/twins-pcpvt-s_8xb128_in1k'),
         ('alt_gvt_small_cls_224', 'twins/twins-svt-s_8xb128_in1k'),
-        ('pvt_v2_b1_cls_224', 'slide_pvtv2/pvtv2-b1_8xb128_in1k'),
         ('cswin_tiny_cls_224', 'slide_cswin/cswin-t_8xb256_in1k'),
         ('nat_mini_cls_224', 'slide_nat/nat-mini_8xb128_in1k'),
     ],
@@ -248,6 +247,15 @@ def test_data_that_does_not(fault, message, tmp_path):
         elif fault == 'damaged' and image.stem == 'disk':
             image.write_bytes(b'x')
     assert re.search(message, '\n'.join(problems(tmp_path, **changes)))
+
+
+def test_config_of_the_documentation(tmp_path):
+    (block,) = re.findall(r'```python\n([^`]*_in1k\.py.*?)```', (ROOT / 'docs/datasets.md').read_text(), re.DOTALL)
+    (tmp_path / 'config.py').write_text(block.replace("_base_ = '", f"_base_ = '{ROOT}/configs/slide_pvt/"))
+    write_images(tmp_path / 'data', ('cat', 'dog'))
+    config = engine.config_with_options(str(tmp_path / 'config.py'), dict(data_root=str(tmp_path / 'data')))
+    checks = check_datasets(config, 'train_dataloader', 'val_dataloader', 'test_dataloader', everything=True)
+    assert [check.problems for check in checks] == [[], []]
 
 
 def test_own_classes_may_be_left_to_the_folders(tmp_path):
