@@ -120,6 +120,7 @@ def test_pipelines_run():
     [
         ('pcpvt_small_v0_cls_224', 'twins/twins-pcpvt-s_8xb128_in1k'),
         ('alt_gvt_small_cls_224', 'twins/twins-svt-s_8xb128_in1k'),
+        ('pvt_v2_b1_cls_224', 'slide_pvtv2/pvtv2-b1_8xb128_in1k'),
         ('cswin_tiny_cls_224', 'slide_cswin/cswin-t_8xb256_in1k'),
         ('nat_mini_cls_224', 'slide_nat/nat-mini_8xb128_in1k'),
     ],
