@@ -18,6 +18,7 @@ from urllib.parse import urlparse
 import torch
 from filelock import FileLock
 from mmengine import fileio
+from mmengine.logging import MMLogger
 from mmengine.runner import checkpoint as mmengine_checkpoint
 from torch import Tensor
 
@@ -35,6 +36,8 @@ ALIASES = {
 }
 OBJECT_STORES = (r'(\S+\:)?s3://', r'(\S+\:)?petrel://')
 FOLDER = 0x10  # in an entry's attributes
+# The keys that weights are saved under; the first that a file has is read.
+WRAPPERS = ('state_dict_ema', 'state_dict', 'model')
 # What the authors' training scripts keep beside the weights; read as plain containers.
 HARMLESS: list = [(OrderedDict, 'yacs.config.CfgNode'), (argparse.Namespace, 'argparse.Namespace')]
 
@@ -53,8 +56,9 @@ def load_from_mmslide(filename: str, map_location: Any = None, **_: Any) -> Any:
     if filename.startswith('mmcls://'):
         return mmengine_checkpoint._process_mmcls_checkpoint(content)
     meta_of(content).pop('config', None)  # mmengine never writes it, but runs it as Python code on resume
-    if isinstance(content, dict) and 'state_dict' not in content and isinstance(content.get('model'), dict):
-        content['state_dict'] = content['model']  # mmengine would take the wrapper for the weights
+    wrapper = _wrapper(content, filename)
+    if wrapper:
+        content['state_dict'] = content[wrapper]  # mmengine would take any other wrapper for the weights
     return content
 
 
@@ -91,7 +95,10 @@ def read_checkpoint(checkpoint: str | Path, map_location: Any = 'cpu') -> Any:
 
 
 def read_state_dict(checkpoint: str | Path, map_location: Any = 'cpu') -> StateDict:
-    """The tensors of a checkpoint file or URL, out of their wrappers 'state_dict', 'model' and 'module.'.
+    """The tensors of a checkpoint file or URL, without the prefix 'module.'.
+
+    They may lie under 'state_dict_ema', 'state_dict' or 'model'. Of the first two, which timm's training scripts save
+    together, the moving average is read.
 
     Raises:
         OSError, ImportError: see `read_checkpoint`.
@@ -102,10 +109,9 @@ def read_state_dict(checkpoint: str | Path, map_location: Any = 'cpu') -> StateD
 
 def find_state_dict(content: Any, checkpoint: str | Path) -> StateDict:
     """The tensors of what `read_checkpoint` has read. See `read_state_dict`."""
-    for wrapper in ('state_dict', 'model'):
-        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
-            content = content[wrapper]
-            break
+    wrapper = _wrapper(content, checkpoint)
+    if wrapper:
+        content = content[wrapper]
     if not isinstance(content, dict) or not any(isinstance(x, Tensor) for x in content.values()):
         raise ValueError(f'{checkpoint} holds no state dict, but {_described(content)}')
     state = {key: value for key, value in content.items() if isinstance(value, Tensor)}
@@ -117,6 +123,16 @@ def find_state_dict(content: Any, checkpoint: str | Path) -> StateDict:
     if any(key.startswith('module.') for key in state):
         state = {key.removeprefix('module.'): value for key, value in state.items()}
     return state
+
+
+def _wrapper(content: Any, checkpoint: str | Path) -> str | None:
+    """The key that the weights lie under; None if there is none."""
+    found = [name for name in WRAPPERS if isinstance(content, dict) and isinstance(content.get(name), dict)]
+    if found[:2] == ['state_dict_ema', 'state_dict']:
+        MMLogger.get_current_instance().info(
+            '%s holds state_dict and state_dict_ema: the averaged weights, state_dict_ema, are loaded', checkpoint
+        )
+    return found[0] if found else None
 
 
 def meta_of(content: Any) -> dict[str, Any]:

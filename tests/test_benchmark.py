@@ -18,6 +18,7 @@ from mmslide.benchmark import (
     compare_exported,
     measure_machine,
     model_pair,
+    neighborhood_pair,
     op_pair,
 )
 from mmslide.benchmark.baselines import im2col
@@ -62,6 +63,14 @@ def test_op(baseline, training):
     assert ours.saved_bytes == (kept - pair.ours.inputs['deform_bias'].nbytes if training else 0)
     if training and baseline != 'im2col':
         assert theirs.saved_bytes > 3 * ours.saved_bytes
+
+
+@pytest.mark.parametrize('training', [False, True])
+def test_neighborhood(training):
+    pair = neighborhood_pair(9, 12, 8, 2, batch=2, training=training)
+    ours, theirs = compare(pair.ours, pair.baseline, training, pair.tolerance, seconds=0.0)
+    assert ours.saved_bytes == (sum(x.nbytes for x in pair.ours.inputs.values()) if training else 0)
+    assert theirs.peak_bytes > 2 * 49 * pair.ours.inputs['qkv'].nbytes // 3
 
 
 def test_disagreement_is_an_error_before_anything_is_timed():
@@ -150,6 +159,8 @@ def test_tool(monkeypatch, capsys, tmp_path):
     out = capsys.readouterr().out
     assert 'forward and backward, batch 1, float32' in out
     assert 'geometric mean' in out
+    tool(monkeypatch, 'neighborhood', '--maps', '8x12x8x2', '--seconds', 0, '--device', 'cpu')
+    assert '8×12×8, 2 heads, k=7' in capsys.readouterr().out
 
 
 @pytest.mark.slow

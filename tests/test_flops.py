@@ -13,7 +13,9 @@ from mmengine.registry import MODELS
 
 from mmslide.flops import complexity_table, count_complexity, count_macs
 from mmslide.models.attention import (
+    CrossShapedWindowAttention,
     LocallyGroupedAttention,
+    NeighborhoodAttention,
     PooledAttention,
     SlideAttention,
     SubsampledAttention,
@@ -180,6 +182,24 @@ def test_window_block(mixer):
     assert macs_of(block(mixer, channels), channels, height, width) == expected
 
 
+def test_cross_shaped_window_block():
+    channels, split, height, width = 32, 7, 10, 15
+    pixels = height * width
+    vertical, horizontal = height * 21, 14 * width  # pixels of the padded maps
+    expected = (
+        3 * channels**2 * pixels  # qkv
+        + 2 * channels // 2 * (vertical * height * split + horizontal * width * split)  # q · k and a · v
+        + 9 * channels // 2 * (vertical + horizontal)  # LePE
+        + channels**2 * pixels  # projection
+        + 2 * 4 * channels**2 * pixels  # MLP
+    )
+    mixer = CrossShapedWindowAttention(channels, 2, split)
+    assert macs_of(block(mixer, channels), channels, height, width) == expected
+    whole = CrossShapedWindowAttention(channels, 2, None)
+    expected = 12 * channels**2 * pixels + 2 * channels * pixels**2 + 9 * channels * pixels
+    assert macs_of(block(whole, channels), channels, height, width) == expected
+
+
 def test_spatial_reduction_block():
     channels, ratio, height, width = 32, 4, 12, 16
     pixels = height * width
@@ -209,6 +229,19 @@ def test_pooled_block():
     mlp = ConvMLP(channels, 4 * channels, relu=True)
     block = Block(PooledAttention(channels, 2), mlp, channels)
     assert macs_of(block, channels, height, width) == expected
+
+
+@pytest.mark.parametrize('size', [(10, 15), (5, 9)])
+def test_neighborhood_block(size):
+    channels, window = 32, 7
+    pixels, padded = size[0] * size[1], max(size[0], window) * max(size[1], window)
+    expected = (
+        3 * channels**2 * padded  # qkv, on the padding of a map smaller than the window too
+        + 2 * channels * window**2 * padded  # q · k and a · v
+        + channels**2 * pixels  # projection
+        + 2 * 4 * channels**2 * pixels  # MLP
+    )
+    assert macs_of(block(NeighborhoodAttention(channels, 2, window), channels), channels, *size) == expected
 
 
 def test_does_not_depend_on_the_backend():

@@ -10,7 +10,9 @@ from mmengine.analysis import get_model_complexity_info
 from test_zoo import EVERY
 
 from mmslide.models.attention import (
+    CrossShapedWindowAttention,
     LocallyGroupedAttention,
+    NeighborhoodAttention,
     PooledAttention,
     SlideAttention,
     SubsampledAttention,
@@ -21,11 +23,14 @@ SIZE = 64, 100  # the second maps are larger than a window, and do not divide by
 
 
 def small(backbone):
-    """Two stages, with every mixer that the class has."""
+    """Two stages, with every mixer that the class has; for CSWin, whose last stage has one of its own, three."""
     row = dict(backbone.row, embed_dims=(16, 32), num_heads=(1, 2), depths=(2, 2))
     if 'sr_ratios' in row:
         row['sr_ratios'] = (2, 1)
-    return randomize(backbone.cls(row, out_indices=(0, 1), drop_path_rate=0.0, slide_stages=(0,)))
+    if 'split_sizes' in row:
+        row.update(embed_dims=(16, 32, 48), num_heads=(1, 2, 3), depths=(1, 1, 1), split_sizes=(1, 3, 3))
+    stages = range(len(row['depths']))
+    return randomize(backbone.cls(row, out_indices=stages, drop_path_rate=0.0, slide_stages=(0,)))
 
 
 def step(function, model, x, precision):
@@ -68,8 +73,19 @@ def test_compiled_backbones(backbone, precision):
         SubsampledAttention(16, 2, 2),
         PooledAttention(16, 2, 7),
         WindowAttention(16, 2, 7, 3),
+        CrossShapedWindowAttention(16, 2, 5),
+        NeighborhoodAttention(16, 2, 7),
     ],
-    ids=['slide', 'slide tap-wise', 'locally grouped', 'subsampled', 'pooled', 'window'],
+    ids=[
+        'slide',
+        'slide tap-wise',
+        'locally grouped',
+        'subsampled',
+        'pooled',
+        'window',
+        'cross-shaped',
+        'neighborhood',
+    ],
 )
 def test_compiled_mixers(mixer):
     mixer = randomize(copy.deepcopy(mixer))

@@ -29,8 +29,14 @@ BACKBONES = {
         type='mmslide.SlidePVTv2', arch=dict(ARCH_SR, depths=(1, 1, 1, 1), pool_sizes=(7, 0, 0, 7)), slide_stages=(1,)
     ),
     'SlideSwin': dict(type='mmslide.SlideSwin', arch=ARCH),
+    'SlideCSWin': dict(
+        type='mmslide.SlideCSWin',
+        arch=dict(ARCH, depths=(1, 1, 1, 1), num_heads=(2, 2, 2, 4), split_sizes=(1, 2, 7, 7)),
+        slide_stages=(0,),
+    ),
     'TwinsPCPVT': dict(type='mmslide.TwinsPCPVT', arch=dict(ARCH_SR, depths=(1, 1, 1, 1))),
     'TwinsSVT': dict(type='mmslide.TwinsSVT', arch=ARCH_SR, slide_stages=(0, 1)),
+    'SlideNAT': dict(type='mmslide.SlideNAT', arch=dict(ARCH, depths=(1, 1, 1, 1)), slide_stages=(0,)),
 }
 CHANNELS = [16, 32, 64, 128]
 HEAD = dict(in_index=[0, 1, 2, 3], channels=16, num_classes=5, dropout_ratio=0.1, norm_cfg=dict(type='SyncBN'))

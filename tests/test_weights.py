@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import golden_state, randomize, relative_error
+from mmengine.runner.checkpoint import CheckpointLoader
 from test_backbones import SMALL, SMALL_PVT, small
 from test_pvtv2 import LINEAR
 from test_pvtv2 import SMALL as SMALL_PVTV2
@@ -18,7 +19,7 @@ from test_pvtv2 import small as small_pvtv2
 from test_twins import mmseg_host
 from test_twins import small as small_twins
 
-from mmslide.models import SlidePVT, SlidePVTv2, SlideSwin, TwinsPCPVT, TwinsSVT
+from mmslide.models import SlideCSWin, SlidePVT, SlidePVTv2, SlideSwin, TwinsPCPVT, TwinsSVT
 from mmslide.models.attention import SlideAttention
 from mmslide.ops import fixed_shift
 from mmslide.weights import load_pretrained, read_state_dict
@@ -248,6 +249,7 @@ WHOLE = {
     ),
     'mmpretrain SVT': (lambda: golden_state('mmpretrain_svt'), lambda **kw: small_twins(TwinsSVT, **kw)),
     'timm PVTv2': (lambda: golden_state('timm_pvt_v2_li'), lambda **kw: small_pvtv2(LINEAR, **kw)),
+    'authors CSWin': (lambda: golden_state('cswin_tiny_segmentation_192x256'), lambda **kw: SlideCSWin('tiny', **kw)),
 }
 
 
@@ -381,6 +383,7 @@ GOLDEN_TWINS = {
     'alt_gvt_small_detection_192x256': TwinsSVT,
     'alt_gvt_small_segmentation_192x256': TwinsSVT,
 }
+GOLDEN_CSWIN = ['cswin_tiny_cls_224', 'cswin_tiny_segmentation_192x256']
 TWINS = pytest.mark.parametrize('cls', [TwinsPCPVT, TwinsSVT])
 WRAPPINGS = pytest.mark.parametrize(
     ('wrapper', 'prefix'),
@@ -456,12 +459,58 @@ def test_slide_attention_starts_from_the_windows_of_svt(save, log):
     assert 'deform_weight' in log.text
 
 
+@pytest.mark.parametrize('name', GOLDEN_CSWIN)
+@WRAPPINGS
+def test_authors_cswin_layout(name, wrapper, prefix, save, log):
+    """The numbers are compared in test_cswin; here the way from the file."""
+    state = golden_state(name)
+    model = SlideCSWin('tiny', slide_stages=())
+    load_pretrained(model, save(wrap(state, wrapper, prefix)))
+    assert torch.equal(model.stages[2].embed.projection.weight, state['merge2.conv.weight'])
+    assert torch.equal(model.stages[2].blocks[20].attn.lepe[1].weight, state['stage3.20.attns.1.get_v.weight'])
+    assert "authors' CSWin layout" in log.text
+    assert ('stages.*.norm.weight' in log.text) == ('head.weight' in log.text) == (name == 'cswin_tiny_cls_224')
+    assert not any(record.levelno >= logging.WARNING for record in log.records)
+
+
+def test_slide_attention_starts_from_the_strips_of_cswin(save, log):
+    """Where all pixels of the map are in one strip and are neighbours too, without LePE both are the same."""
+    row = dict(embed_dims=8, depths=(1, 1), num_heads=(4, 4), mlp_ratios=2, split_sizes=(3, 3))
+    host = randomize(SlideCSWin(row, slide_stages=(), out_indices=(0, 1)))
+    model = SlideCSWin(row, slide_stages=(0,), out_indices=(0, 1))
+    load_pretrained(model, save(host.state_dict()))
+    assert '.attn.lepe.*.weight' in log.text  # unexpected
+    assert not any(record.levelno >= logging.WARNING for record in log.records)
+    ours, theirs = (x.stages[0].blocks[0].attn for x in (model, host))
+    for lepe in theirs.lepe:
+        torch.nn.init.zeros_(lepe.weight), torch.nn.init.zeros_(lepe.bias)
+    x = torch.randn(2, 3, 3, 8)
+    assert relative_error(ours(x)[:, 1, 1], theirs(x)[:, 1, 1]) < 1e-5
+
+
+def test_the_moving_average_is_read_where_there_is_one(save, log):
+    """Saved by timm's training scripts beside the weights; mmengine's ema_state_dict is another thing."""
+    weights, average = ({'stages.0.norm.weight': torch.full((3,), value)} for value in (1.0, 2.0))
+    checkpoint = save({'state_dict': weights, 'state_dict_ema': average})
+    for state in (read_state_dict(checkpoint), CheckpointLoader.load_checkpoint(checkpoint)['state_dict']):
+        assert torch.equal(state['stages.0.norm.weight'], average['stages.0.norm.weight'])
+    assert log.text.count('the averaged weights, state_dict_ema, are loaded') == 2
+    log.clear()
+    for content, wanted in (
+        ({'state_dict_ema': average}, average),
+        ({'state_dict': weights, 'model': average}, weights),
+        ({'state_dict': weights, 'ema_state_dict': average}, weights),
+    ):
+        assert torch.equal(*(x['stages.0.norm.weight'] for x in (read_state_dict(save(content)), wanted)))
+    assert 'averaged' not in log.text
+
+
 def assert_equal_states(state, wanted):
     assert list(state) == list(wanted)
     assert all(torch.equal(state[key], value) for key, value in wanted.items())
 
 
-@pytest.mark.parametrize('name', GOLDEN_TWINS)
+@pytest.mark.parametrize('name', [*GOLDEN_TWINS, *GOLDEN_CSWIN])
 def test_round_trip_from_the_authors(name):
     state = golden_state(name)
     assert_equal_states(from_mmslide(to_mmslide(state)[1], 'authors'), state)
@@ -496,9 +545,16 @@ def test_what_a_layout_cannot_hold_is_refused(source, message, layout):
         from_mmslide(source().state_dict(), layout)
 
 
+def test_slide_attention_has_no_place_in_the_layout_of_cswin():
+    row = dict(embed_dims=8, depths=(1, 1), num_heads=2, mlp_ratios=2, split_sizes=3)
+    state = SlideCSWin(row, slide_stages=(0,), out_indices=(0, 1)).state_dict()
+    with pytest.raises(ValueError, match=r"'authors' has no place for Slide Attention.*stages\.0\..*deform_weight"):
+        from_mmslide(state, 'authors')
+
+
 def test_unknown_target_is_refused():
-    with pytest.raises(ValueError, match=r"layouts \['mmslide', .*'authors', .*\], got 'keras'"):
-        from_mmslide(small_twins(TwinsSVT).state_dict(), 'keras')
+    with pytest.raises(ValueError, match=r"layouts \['mmslide', 'authors', .*'mmseg'.*\], got 'torchvision'"):
+        from_mmslide(small_twins(TwinsSVT).state_dict(), 'torchvision')
 
 
 @pytest.fixture(params=['authors', 'mmdet', 'timm', 'transformers'])

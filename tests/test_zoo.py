@@ -14,12 +14,13 @@ from mmcv.cnn.bricks import DropPath
 from torch import nn
 
 from mmslide.deploy import fuse
-from mmslide.models import SlidePVT, SlidePVTv2, SlideSwin, TwinsPCPVT, TwinsSVT
+from mmslide.models import SlideCSWin, SlideNAT, SlidePVT, SlidePVTv2, SlideSwin, TwinsPCPVT, TwinsSVT
 from mmslide.models.attention import SlideAttention
 
 DIMS, DEPTHS = (16, 32, 48, 64), (1, 2, 3, 2)
 ROW = dict(embed_dims=DIMS, depths=DEPTHS, num_heads=(1, 2, 3, 4), mlp_ratios=2)
 SR_ROW = dict(ROW, sr_ratios=(8, 4, 2, 1))
+STRIP_ROW = dict(ROW, num_heads=(2, 4, 6, 4), split_sizes=(1, 2, 3, 7))
 STAGES = range(4)
 
 
@@ -39,12 +40,19 @@ def padded(side, stage):
     return math.ceil(side / 2 ** (stage + 2))
 
 
+def strided(side, stage):
+    """A 7×7 convolution with stride 4 and padding 2, then 3×3 ones with stride 2 and padding 1."""
+    return math.ceil((side + 1) // 4 / 2**stage)
+
+
 ZOO = [
     Backbone(SlidePVT, SR_ROW, cropped),
     Backbone(SlidePVTv2, SR_ROW, padded),
     Backbone(SlideSwin, ROW, padded),
+    Backbone(SlideCSWin, STRIP_ROW, strided),
     Backbone(TwinsPCPVT, SR_ROW, cropped),
     Backbone(TwinsSVT, SR_ROW, cropped, slides=lambda index: index % 2 == 0),
+    Backbone(SlideNAT, ROW, padded),
 ]
 ARCHS = [(backbone, arch) for backbone in ZOO for arch in backbone.cls.variants]
 

@@ -1,4 +1,4 @@
-"""Measures the op, backbones, whole models or an exported layer beside another implementation: time and memory."""
+"""Measures both ops, backbones, whole models or an exported layer beside another implementation: time and memory."""
 
 import argparse
 import json
@@ -25,6 +25,7 @@ from mmslide.benchmark import (
     measure_cost,
     measure_machine,
     model_pair,
+    neighborhood_pair,
     op_pair,
     plot_cost,
 )
@@ -32,6 +33,8 @@ from mmslide.files import find_config
 
 # Height, width, channels, heads: stages that attend with Slide Attention, at detection's sizes.
 MAPS = ['200x320x64x1', '100x160x128x2', '200x200x96x3', '100x100x192x6']
+# Those of NAT-T and NAT-Mini.
+NEIGHBORHOOD_MAPS = ['200x320x64x2', '100x160x128x4', '50x80x256x8', '25x40x512x16']
 SIDES = (224, 400, 448, 800, 896, 1600)
 
 
@@ -70,12 +73,22 @@ def parse_args() -> argparse.Namespace:
     plot.add_argument('--backend', help='of Slide Attention in ours, as of mmslide.ops.slide_attention; its own choice')
 
     commands = parser.add_subparsers(dest='command', required=True)
-    maps = argparse.ArgumentParser(add_help=False)
-    maps.add_argument('--maps', nargs='+', default=MAPS, metavar='HxWxCxHEADS', help='default: %(default)s')
-    maps.add_argument('--kernel-size', type=int, default=3)
+
+    def sizes(maps: list[str], kernel_size: int) -> argparse.ArgumentParser:
+        parser = argparse.ArgumentParser(add_help=False)
+        parser.add_argument('--maps', nargs='+', default=maps, metavar='HxWxCxHEADS', help='default: %(default)s')
+        parser.add_argument('--kernel-size', type=int, default=kernel_size, help='default: %(default)s')
+        return parser
+
+    maps = sizes(MAPS, kernel_size=3)
     op = commands.add_parser('op', parents=[common, plot, maps], help='Slide Attention alone')
     op.add_argument('--baseline', default='two-path', help='two-path, im2col, flex or a backend; default: %(default)s')
-    backbone = commands.add_parser('backbone', parents=[common, plot], help="beside mmdet's and mmseg's")
+    commands.add_parser(
+        'neighborhood',
+        parents=[common, sizes(NEIGHBORHOOD_MAPS, kernel_size=7)],
+        help='neighborhood attention beside a gather of all windows',
+    )
+    backbone = commands.add_parser('backbone', parents=[common, plot], help="beside mmdet's, mmseg's or a plain one")
     backbone.add_argument('names', nargs='*', choices=[[], *BACKBONES], help='default: all')
     onnx = commands.add_parser('onnx', parents=[measuring, maps], help='fused beside two-path, in onnxruntime')
     onnx.add_argument('--mlp-ratio', type=float, default=0, help='of a transformer block; default: attention alone')
@@ -95,6 +108,9 @@ def pairs(args: argparse.Namespace, settings: dict) -> Iterator[Pair]:
     if args.command == 'op':
         for text in args.maps:
             yield op_pair(*map(int, text.split('x')), **op_settings(args, settings))
+    elif args.command == 'neighborhood':
+        for text in args.maps:
+            yield neighborhood_pair(*map(int, text.split('x')), kernel_size=args.kernel_size, **settings)
     elif args.command == 'backbone':
         for name in args.names or BACKBONES:
             yield backbone_pair(name, *args.shape, backend=args.backend, **settings)

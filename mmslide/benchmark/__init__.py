@@ -1,7 +1,7 @@
 from .cost import Cost, measure_cost, plot_cost
 from .exported import compare_exported
 from .measure import Machine, Measurement, Side, compare, measure_machine
-from .pairs import BACKBONES, Pair, backbone_pair, model_pair, op_pair
+from .pairs import BACKBONES, Pair, backbone_pair, model_pair, neighborhood_pair, op_pair
 
 __all__ = [
     'BACKBONES',
@@ -16,6 +16,7 @@ __all__ = [
     'measure_cost',
     'measure_machine',
     'model_pair',
+    'neighborhood_pair',
     'op_pair',
     'plot_cost',
 ]

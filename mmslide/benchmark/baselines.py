@@ -1,14 +1,16 @@
-"""Slide Attention as others compute it: what `tools/benchmark.py` measures against and the tests compare with."""
+"""Attention as others compute it: what `tools/benchmark.py` measures against and the tests compare with."""
 
 from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from mmslide.models.attention import SlideAttention
+from mmslide.models import SlideCSWin
+from mmslide.models.attention import CrossShapedWindowAttention, SlideAttention
 from mmslide.ops.conv import depthwise
 
 
@@ -96,3 +98,41 @@ def _attend(q: Tensor, keys: Tensor, values: Tensor, rpb: Tensor) -> Tensor:
     queries = q.shape[-1] ** -0.5 * q.permute(0, 3, 4, 1, 2).unsqueeze(3)
     attention = (queries * (keys + rpb[:, None, :, None, None])).sum(2, keepdim=True).softmax(3)
     return (attention * values).sum(3).permute(0, 3, 4, 1, 2)
+
+
+class PlainCrossShapedAttention(CrossShapedWindowAttention):
+    """As the formula suggests: windows are copied, softmax(q kᵀ) v is computed in steps."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, height, width, _ = x.shape
+        parts = self.qkv(x).chunk(3 * self.branches, dim=-1)
+        size = self.split_size
+        windows = [(height, width)] if size is None else [(height, size), (size, width)]
+        outs = [
+            self._in_windows(parts[i :: self.branches], lepe, *window)
+            for i, (lepe, window) in enumerate(zip(self.lepe, windows, strict=True))
+        ]
+        return self.proj_drop(self.proj(torch.cat(outs, -1)))
+
+    def _in_windows(self, parts: tuple[Tensor, ...], lepe: nn.Module, h: int, w: int) -> Tensor:
+        """Attention in windows of h×w pixels of maps (B, H, W, c), padded on all sides."""
+        height, width = parts[0].shape[1:3]
+        top, left = -height % h // 2, -width % w // 2
+        pad = (0, 0, left, -width % w - left, top, -height % h - top)
+        # To (B, rows, columns, h, w, c)
+        q, k, v = (F.pad(x, pad).unflatten(2, (-1, w)).unflatten(1, (-1, h)).transpose(2, 3) for x in parts)
+        encoding = lepe(v.flatten(0, 2).permute(0, 3, 1, 2).contiguous()).permute(0, 2, 3, 1)
+        heads = self.num_heads // self.branches
+        q, k, v = (x.flatten(0, 2).flatten(1, 2).unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
+        attention = (q.shape[-1] ** -0.5 * q @ k.mT).softmax(-1)
+        out = (attention @ v).transpose(1, 2).flatten(2).unflatten(1, (h, w)) + encoding
+        rows, columns = -(-height // h), -(-width // w)
+        out = out.unflatten(0, (-1, rows, columns)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+        return out[:, top : top + height, left : left + width]
+
+
+class PlainCSWin(SlideCSWin):
+    """CSWin with `PlainCrossShapedAttention`; the authors' code does not run on today's OpenMMLab."""
+
+    def build_mixer(self, stage: int, index: int, **shared: Any) -> nn.Module:
+        return PlainCrossShapedAttention(split_size=self.split_size(stage), **shared)

@@ -18,9 +18,10 @@ from mmengine.registry import MODELS, DefaultScope
 from torch import Tensor, nn
 
 from mmslide.flops import DENSE_HEADS, count_macs
-from mmslide.models import SlidePVT, SlidePVTv2, SlideSwin, TwinsPCPVT, TwinsSVT
+from mmslide.models import SlideCSWin, SlidePVT, SlidePVTv2, SlideSwin, TwinsPCPVT, TwinsSVT
 from mmslide.models.attention import SlideAttention
-from mmslide.ops import fixed_shift, merge_paths, slide_attention
+from mmslide.ops import fixed_shift, merge_paths, neighborhood_attention, slide_attention
+from mmslide.ops.reference import neighborhood_reference
 from mmslide.weights import load_pretrained
 
 from .baselines import flex, im2col, two_path
@@ -136,6 +137,41 @@ def op_pair(
     )
 
 
+def neighborhood_pair(
+    height: int,
+    width: int,
+    embed_dims: int,
+    num_heads: int,
+    *,
+    batch: int = 1,
+    kernel_size: int = 7,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = 'cpu',
+    training: bool = False,
+) -> Pair:
+    """Neighborhood attention on a map (batch, height, width, embed_dims) beside a gather of all windows."""
+    generator = torch.Generator().manual_seed(0)
+    shape = batch, height, width, 3, num_heads, embed_dims // num_heads
+    qkv = torch.randn(shape, generator=generator).to(device, dtype).requires_grad_()
+    rpb = torch.randn(num_heads, 2 * kernel_size - 1, 2 * kernel_size - 1, generator=generator)
+    rpb = rpb.to(device, dtype).requires_grad_()
+    inputs = dict(qkv=qkv, rpb=rpb)
+
+    def run(attend: Callable[..., Tensor]) -> list[Tensor]:
+        return [attend(*qkv.unbind(3), rpb, scale=shape[-1] ** -0.5)]
+
+    return Pair(
+        name=f'{height}×{width}×{embed_dims}, {num_heads} heads, k={kernel_size}',
+        ours=Side('ours', partial(run, neighborhood_attention), inputs),
+        baseline=Side('gather', partial(run, neighborhood_reference), inputs),
+        tolerance=TOLERANCE[dtype],
+        # As for `op_pair`.
+        moved_bytes=qkv.nbytes // 3 * (4 + 7 * training),
+        operations=2 * 2 * kernel_size**2 * qkv.numel() // 3 * (1 + 2 * training),
+        images=batch,
+    )
+
+
 @dataclass(frozen=True)
 class Backbones:
     """Ours and what it is measured against.
@@ -154,7 +190,8 @@ class Backbones:
         if self.framework == 'timm':
             # Its maps at all stages, under the names that its weights are published with.
             return import_module('timm').create_model(self.baseline, features_only=True, **self.baseline_kwargs)
-        module = import_module(f'{self.framework}.models.backbones')
+        own = self.framework == 'mmslide'
+        module = import_module('mmslide.benchmark.baselines' if own else f'{self.framework}.models.backbones')
         return getattr(module, self.baseline)(**self.baseline_kwargs)
 
 
@@ -178,6 +215,8 @@ _PVTV2 = partial(SlidePVTv2, 'b2')
 _PVTV2_HOST = partial(_PVTV2, slide_stages=())
 _PVTV2_B2 = dict(_PVT_SMALL, embed_dims=64)
 _SWIN_HOST = partial(SlideSwin, 'tiny', slide_stages=())
+_CSWIN_HOST = partial(SlideCSWin, 'tiny', slide_stages=())
+_PLAIN_CSWIN = dict(arch='tiny', slide_stages=())
 _PCPVT = partial(TwinsPCPVT, 'small', norm_cfg=_LN)
 _SVT = partial(TwinsSVT, 'small', norm_cfg=_LN)
 BACKBONES = {
@@ -188,6 +227,8 @@ BACKBONES = {
     'pvt-s': Backbones(_PVT_HOST, 'mmdet', 'PyramidVisionTransformer', _PVT_SMALL, _PVT_HOST),
     'pvtv2-b2': Backbones(_PVTV2_HOST, 'mmdet', 'PyramidVisionTransformerV2', _PVTV2_B2, _PVTV2_HOST),
     'swin-t': Backbones(_SWIN_HOST, 'mmdet', 'SwinTransformer', {}, _SWIN_HOST),
+    'slide-cswin-t': Backbones(partial(SlideCSWin, 'tiny'), 'mmslide', 'PlainCSWin', _PLAIN_CSWIN, _CSWIN_HOST),
+    'cswin-t': Backbones(_CSWIN_HOST, 'mmslide', 'PlainCSWin', _PLAIN_CSWIN, _CSWIN_HOST),
     'twins-pcpvt-s': Backbones(_PCPVT, 'mmseg', 'PCPVT', _PCPVT_SMALL, _PCPVT),
     'twins-svt-s': Backbones(_SVT, 'mmseg', 'SVT', _SVT_SMALL, _SVT),
 }
@@ -211,7 +252,7 @@ def backbone_pair(
     backend: str | None = None,
     training: bool = False,
 ) -> Pair:
-    """A backbone of ours beside mmdet's or mmseg's of the same size, on images (batch, 3, height, width).
+    """A backbone of ours beside mmdet's, mmseg's or a plain one of the same size, on images (batch, 3, height, width).
 
     Where both are the same function, ours has the baseline's weights and the results are compared. Of a Slide backbone,
     which is another function, are checked: its host against the baseline, and the op inside it against the reference.

@@ -1,5 +1,8 @@
+from typing import Any
+
 import torch
 from mmengine.model import update_init_info
+from torch import nn
 
 from mmslide.registry import WEIGHT_INITIALIZERS
 
@@ -8,7 +11,7 @@ from .pyramid import Pyramid
 
 @WEIGHT_INITIALIZERS.register_module()
 class ZeroSumPatches:
-    """For `init_cfg` of a backbone: its first patch embedding starts blind to a patch's mean colour.
+    """For `init_cfg` of a backbone: its first convolution starts blind to a patch's mean colour.
 
     Training from scratch on small data finds outlines sooner when colour, the largest part of a patch's variance, does
     not drown them. Weights are drawn from a normal distribution and made to sum to zero over each patch and input
@@ -32,7 +35,7 @@ class ZeroSumPatches:
             raise TypeError(
                 f'ZeroSumPatches stands in the init_cfg of a backbone of mmslide, got {type(backbone).__name__}'
             )
-        projection = backbone.stages[0].embed.projection
+        projection: Any = next(x for x in backbone.stages[0].embed.modules() if isinstance(x, nn.Conv2d))
         with torch.no_grad():
             projection.weight.normal_(std=self.std)
             projection.weight -= projection.weight.mean((2, 3), keepdim=True)

@@ -1,5 +1,6 @@
 from .backends import check_backend
 from .merge import fixed_shift, merge_paths
+from .neighborhood import neighborhood_attention
 from .slide_attention import slide_attention
 
-__all__ = ['check_backend', 'fixed_shift', 'merge_paths', 'slide_attention']
+__all__ = ['check_backend', 'fixed_shift', 'merge_paths', 'neighborhood_attention', 'slide_attention']

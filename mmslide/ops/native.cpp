@@ -1,6 +1,6 @@
-// Slide Attention on a CPU in float32: the tap-wise form of tapwise.py, one pixel and head at a time, so that logits and
-// products stay in registers. Plain C symbols, nothing of PyTorch's or Python's, so that building takes a compiler alone.
-// Shapes are those of mmslide.ops.slide_attention; native.py fills in the arguments.
+// Slide Attention (the tap-wise form of tapwise.py) and neighborhood attention on a CPU in float32, one pixel and head at
+// a time, so that logits and products stay in registers. Plain C symbols, nothing of PyTorch's or Python's, so that
+// building takes a compiler alone. Shapes are those of mmslide.ops; native.py fills in the arguments.
 
 #include <omp.h>
 
@@ -42,6 +42,45 @@ inline Vec exp_of_negative(Vec x) {
   return result * scale;
 }
 
+#if __has_builtin(__builtin_shufflevector)
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else  // GCC before 12
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, IntVec{__VA_ARGS__})
+#endif
+
+inline Vec pair_sums(Vec a, Vec b) {
+  return SHUFFLE(a, b, 0, 2, 8, 10, 4, 6, 12, 14) + SHUFFLE(a, b, 1, 3, 9, 11, 5, 7, 13, 15);
+}
+
+// The sum of each of eight vectors.
+inline Vec sums(const Vec* x) {
+  const Vec first = pair_sums(pair_sums(x[0], x[1]), pair_sums(x[2], x[3]));
+  const Vec last = pair_sums(pair_sums(x[4], x[5]), pair_sums(x[6], x[7]));
+  return SHUFFLE(first, last, 0, 1, 2, 3, 8, 9, 10, 11) + SHUFFLE(first, last, 4, 5, 6, 7, 12, 13, 14, 15);
+}
+
+// Slots as whole vectors.
+constexpr int padded(int slots) { return (slots + LANES - 1) / LANES * LANES; }
+
+// In place, of `slots` logits in memory for padded(slots). NaN in one makes all NaN.
+inline void softmax(float* x, int slots) {
+  for (int j = slots; j < padded(slots); ++j) x[j] = -INFINITY;
+  Vec most = load(x), total = {};
+  for (int j = LANES; j < padded(slots); j += LANES) {
+    const Vec part = load(x + j);
+    most = part > most ? part : most;
+  }
+  float largest = most[0];
+  for (int j = 1; j < LANES; ++j) largest = most[j] > largest ? most[j] : largest;
+  for (int j = 0; j < padded(slots); j += LANES) {
+    const Vec part = exp_of_negative(load(x + j) - largest);
+    total += part;
+    store(x + j, part);
+  }
+  const Vec factor = all(1 / sum(total));
+  for (int j = 0; j < padded(slots); j += LANES) store(x + j, load(x + j) * factor);
+}
+
 }  // namespace
 
 extern "C" {
@@ -55,7 +94,8 @@ struct Call {
   int64_t batch, height, width, heads, head_dims, kernel_size, threads;
   float scale;
   Map q, k, v, out;               // in backward `out` is its gradient
-  const float *kernels, *rpb;     // (k² + 1, d / 8, k², 8), the biases last; (heads, k²)
+  // (k² + 1, d / 8, k², 8), the biases last; (heads, k²). For neighborhood attention null; (heads, 2k - 1, 2k - 1).
+  const float *kernels, *rpb;
   const float* mask;              // (B, H, W, heads, k²), or null
   Map grad_q, grad_k, grad_v;     // backward only
   float *grad_kernels, *grad_rpb;  // backward only, (threads, ...) of the above, zeros when it is called; or null
@@ -69,8 +109,8 @@ inline float* at(const Map& map, int64_t image, int64_t row, int64_t column, int
 }
 
 template <int K>
-struct Pixel {
-  static constexpr int SLOTS = K * K, PADDED = (SLOTS + LANES - 1) / LANES * LANES;
+struct SlidePixel {
+  static constexpr int SLOTS = K * K, TAPS = SLOTS + 1, POSITIONS = SLOTS;
 
   const Call& call;
   const int64_t chunks;
@@ -82,9 +122,9 @@ struct Pixel {
   float *grad_key[SLOTS + 1], *grad_value[SLOTS + 1];
   const float *query, *mask, *rpb;
   float query_sum;
-  alignas(32) float attention[PADDED], dropped[PADDED];
+  alignas(32) float attention[padded(SLOTS)], dropped[padded(SLOTS)];
 
-  explicit Pixel(const Call& call)
+  explicit SlidePixel(const Call& call)
       : call(call), chunks(call.head_dims / LANES), ones(call.head_dims, 1.0f), unused(call.head_dims) {}
 
   void place(int64_t image, int64_t y, int64_t x, int64_t head) {
@@ -130,15 +170,8 @@ struct Pixel {
     query_sum = 0;
     for (int64_t c = 0; c < chunks; ++c) query_sum += sum(load(query + c * LANES));
     gather(query, key, attention);
-    float most = -INFINITY, total = 0;
-    for (int j = 0; j < SLOTS; ++j) {
-      attention[j] = call.scale * (attention[j] + query_sum * rpb[j]);
-      if (!(attention[j] <= most)) most = attention[j];
-    }
-    for (int j = SLOTS; j < PADDED; ++j) attention[j] = most;
-    for (int j = 0; j < PADDED; j += LANES) store(attention + j, exp_of_negative(load(attention + j) - most));
-    for (int j = 0; j < SLOTS; ++j) total += attention[j];
-    for (int j = 0; j < SLOTS; ++j) attention[j] /= total;
+    for (int j = 0; j < SLOTS; ++j) attention[j] = call.scale * (attention[j] + query_sum * rpb[j]);
+    softmax(attention, SLOTS);
     for (int j = 0; j < SLOTS; ++j) dropped[j] = mask ? attention[j] * mask[j] : attention[j];
   }
 
@@ -159,7 +192,7 @@ struct Pixel {
   template <bool PARAMETERS>
   void backward(const float* grad, float* grad_query, float* grad_kernels, float* grad_rpb) {
     attend();
-    alignas(32) float grad_logits[PADDED];
+    alignas(32) float grad_logits[padded(SLOTS)];
     gather(grad, value, grad_logits);
     float mean = 0;
     if (mask)
@@ -197,17 +230,109 @@ struct Pixel {
   }
 };
 
+template <int K>
+struct NeighborhoodPixel {
+  static constexpr int SLOTS = K * K, TAPS = 0, SIDE = 2 * K - 1, POSITIONS = SIDE * SIDE;
+
+  const Call& call;
+  const int64_t chunks;
+  const float *query, *mask, *rpb;
+  int64_t position;  // of the first slot in rpb
+  const float *key[SLOTS], *value[SLOTS];
+  float *grad_key[SLOTS], *grad_value[SLOTS];
+  alignas(32) float attention[padded(SLOTS)], dropped[padded(SLOTS)];
+
+  explicit NeighborhoodPixel(const Call& call) : call(call), chunks(call.head_dims / LANES) {}
+
+  void place(int64_t image, int64_t y, int64_t x, int64_t head) {
+    query = at(call.q, image, y, x, head);
+    rpb = call.rpb + head * POSITIONS;
+    mask = call.mask;
+    if (mask) mask += (((image * call.height + y) * call.width + x) * call.heads + head) * SLOTS;
+    const int64_t top = std::min(std::max<int64_t>(y - K / 2, 0), call.height - K);
+    const int64_t left = std::min(std::max<int64_t>(x - K / 2, 0), call.width - K);
+    position = (top - y + K - 1) * SIDE + left - x + K - 1;
+    for (int i = 0; i < K; ++i)
+      for (int j = 0; j < K; ++j) {
+        key[i * K + j] = at(call.k, image, top + i, left + j, head);
+        value[i * K + j] = at(call.v, image, top + i, left + j, head);
+        if (call.grad_k.data) {
+          grad_key[i * K + j] = at(call.grad_k, image, top + i, left + j, head);
+          grad_value[i * K + j] = at(call.grad_v, image, top + i, left + j, head);
+        }
+      }
+  }
+
+  // Σ_c x_c · map_c for each slot, in memory for padded(SLOTS): a row of the window at a time, and what is written too
+  // much, the next row overwrites.
+  void products(const float* x, const float* const* map, float* out) const {
+    for (int i = 0; i < SLOTS; i += K) {
+      Vec sum_of[LANES] = {};
+      for (int64_t c = 0; c < chunks * LANES; c += LANES) {
+        const Vec part = load(x + c);
+        for (int j = 0; j < K; ++j) sum_of[j] += part * load(map[i + j] + c);
+      }
+      store(out + i, sums(sum_of));
+    }
+  }
+
+  void attend() {
+    products(query, key, attention);
+    for (int i = 0; i < K; ++i)
+      for (int j = 0; j < K; ++j)
+        attention[i * K + j] = call.scale * attention[i * K + j] + rpb[position + i * SIDE + j];
+    softmax(attention, SLOTS);
+    for (int j = 0; j < SLOTS; ++j) dropped[j] = mask ? attention[j] * mask[j] : attention[j];
+  }
+
+  void forward(float* out) {
+    attend();
+    for (int64_t c = 0; c < chunks * LANES; c += LANES) {
+      Vec result[2] = {};  // two, since one sum would wait for itself
+      for (int j = 0; j < SLOTS; ++j) result[j % 2] += dropped[j] * load(value[j] + c);
+      store(out + c, result[0] + result[1]);
+    }
+  }
+
+  template <bool PARAMETERS>
+  void backward(const float* grad, float* grad_query, float*, float* grad_rpb) {
+    attend();
+    alignas(32) float grad_logits[padded(SLOTS)];
+    products(grad, value, grad_logits);
+    float mean = 0;
+    if (mask)
+      for (int j = 0; j < SLOTS; ++j) grad_logits[j] *= mask[j];
+    for (int j = 0; j < SLOTS; ++j) mean += attention[j] * grad_logits[j];
+    for (int j = 0; j < SLOTS; ++j) grad_logits[j] = attention[j] * (grad_logits[j] - mean);
+    if constexpr (PARAMETERS)
+      for (int i = 0; i < K; ++i)
+        for (int j = 0; j < K; ++j) grad_rpb[position + i * SIDE + j] += grad_logits[i * K + j];
+    for (int j = 0; j < SLOTS; ++j) grad_logits[j] *= call.scale;
+    for (int64_t c = 0; c < chunks * LANES; c += LANES) {
+      const Vec query_part = load(query + c), grad_part = load(grad + c);
+      Vec result = {};
+      for (int j = 0; j < SLOTS; ++j) {
+        result += grad_logits[j] * load(key[j] + c);
+        float *to_key = grad_key[j] + c, *to_value = grad_value[j] + c;
+        store(to_key, load(to_key) + grad_logits[j] * query_part);
+        store(to_value, load(to_value) + dropped[j] * grad_part);
+      }
+      store(grad_query + c, result);
+    }
+  }
+};
+
 // Adds a row's sums to the total and starts the next row.
 inline void add(std::vector<float>& row, float* total) {
   for (size_t i = 0; i < row.size(); ++i) total[i] += row[i];
   std::fill(row.begin(), row.end(), 0.0f);
 }
 
-template <int K>
+template <class Pixel>
 void forward(const Call& call) {
 #pragma omp parallel num_threads(call.threads)
   {
-    Pixel<K> pixel(call);
+    Pixel pixel(call);
 #pragma omp for collapse(2) schedule(static)
     for (int64_t image = 0; image < call.batch; ++image)
       for (int64_t y = 0; y < call.height; ++y)
@@ -221,15 +346,15 @@ void forward(const Call& call) {
 
 // The threads take strips of rows, whose pixels also add to the gradients of k and v in K / 2 rows of the strips beside
 // them. So all even strips come first, then the odd ones, and no two that touch the same row run at a time.
-template <int K, bool PARAMETERS>
+template <class Pixel, int K, bool PARAMETERS>
 void backward(const Call& call) {
   const int64_t height = call.height, most = height / (K - 1);
   const int64_t strips = most < 2 ? 1 : std::min(most, 2 * call.threads);
-  const int64_t kernels = PARAMETERS ? (K * K + 1) * call.head_dims * K * K : 0;
-  const int64_t positions = PARAMETERS ? call.heads * K * K : 0;
+  const int64_t kernels = PARAMETERS ? Pixel::TAPS * call.head_dims * K * K : 0;
+  const int64_t positions = PARAMETERS ? call.heads * Pixel::POSITIONS : 0;
 #pragma omp parallel num_threads(call.threads)
   {
-    Pixel<K> pixel(call);
+    Pixel pixel(call);
     float* grad_kernels = call.grad_kernels + omp_get_thread_num() * kernels;
     float* grad_rpb = call.grad_rpb + omp_get_thread_num() * positions;
     // Sums of one row, since a sum over all pixels would lose digits.
@@ -243,7 +368,8 @@ void backward(const Call& call) {
               for (int64_t head = 0; head < call.heads; ++head) {
                 pixel.place(image, y, x, head);
                 pixel.template backward<PARAMETERS>(at(call.out, image, y, x, head), at(call.grad_q, image, y, x, head),
-                                                    row_kernels.data(), row_rpb.data() + head * K * K);
+                                                    row_kernels.data(),
+                                                    row_rpb.data() + head * Pixel::POSITIONS);
               }
             add(row_kernels, grad_kernels);
             add(row_rpb, grad_rpb);
@@ -252,28 +378,40 @@ void backward(const Call& call) {
   }
 }
 
-template <int K>
+template <class Pixel, int K>
 void backward(const Call& call) {
-  if (call.grad_kernels) backward<K, true>(call);
-  else backward<K, false>(call);
+  if (call.grad_rpb) backward<Pixel, K, true>(call);
+  else backward<Pixel, K, false>(call);
 }
 
 }  // namespace
 
 extern "C" {
 
-int slide_attention_version() { return 2; }
+int slide_attention_version() { return 3; }
 
 // The kernel sizes that native.py lets through.
 void slide_attention_forward(const Call* call) {
-  if (call->kernel_size == 3) forward<3>(*call);
-  if (call->kernel_size == 5) forward<5>(*call);
-  if (call->kernel_size == 7) forward<7>(*call);
+  if (call->kernel_size == 3) forward<SlidePixel<3>>(*call);
+  if (call->kernel_size == 5) forward<SlidePixel<5>>(*call);
+  if (call->kernel_size == 7) forward<SlidePixel<7>>(*call);
 }
 
 void slide_attention_backward(const Call* call) {
-  if (call->kernel_size == 3) backward<3>(*call);
-  if (call->kernel_size == 5) backward<5>(*call);
-  if (call->kernel_size == 7) backward<7>(*call);
+  if (call->kernel_size == 3) backward<SlidePixel<3>, 3>(*call);
+  if (call->kernel_size == 5) backward<SlidePixel<5>, 5>(*call);
+  if (call->kernel_size == 7) backward<SlidePixel<7>, 7>(*call);
+}
+
+void neighborhood_attention_forward(const Call* call) {
+  if (call->kernel_size == 3) forward<NeighborhoodPixel<3>>(*call);
+  if (call->kernel_size == 5) forward<NeighborhoodPixel<5>>(*call);
+  if (call->kernel_size == 7) forward<NeighborhoodPixel<7>>(*call);
+}
+
+void neighborhood_attention_backward(const Call* call) {
+  if (call->kernel_size == 3) backward<NeighborhoodPixel<3>, 3>(*call);
+  if (call->kernel_size == 5) backward<NeighborhoodPixel<5>, 5>(*call);
+  if (call->kernel_size == 7) backward<NeighborhoodPixel<7>, 7>(*call);
 }
 }

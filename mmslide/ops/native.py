@@ -1,15 +1,15 @@
 """Calls the kernels of native.cpp, which the installation compiles where it can."""
 
 import ctypes
-import math
 import platform
 import sysconfig
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-VERSION = 2  # as in native.cpp, of what the functions take; goes up with every change
+VERSION = 3  # as in native.cpp, of what the functions take; goes up with every change
 LANES = 8  # as in native.cpp
 KERNEL_SIZES = (3, 5, 7)
 
@@ -63,6 +63,17 @@ def refusal(q: Tensor, weight: Tensor) -> str | None:
     return why_none if library is None else None
 
 
+def takes_neighborhoods(q: Tensor, rpb: Tensor) -> bool:
+    """Whether there are kernels of neighborhood attention for these arguments."""
+    return (
+        library is not None
+        and q.device.type == 'cpu'
+        and q.dtype == rpb.dtype == torch.float32
+        and q.shape[-1] % LANES == 0
+        and (rpb.shape[-1] + 1) // 2 in KERNEL_SIZES
+    )
+
+
 def forward(
     q: Tensor,
     k: Tensor,
@@ -74,7 +85,7 @@ def forward(
     dropout_mask: Tensor | None,
 ) -> Tensor:
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    _run('forward', (q, k, v, out), (_pack(weight, bias), rpb, dropout_mask), scale)
+    _run('slide_attention_forward', weight.shape[-1], (q, k, v, out), (_pack(weight, bias), rpb, dropout_mask), scale)
     return out
 
 
@@ -92,18 +103,59 @@ def backward(
 ) -> tuple[Tensor, ...]:
     """The gradients of q, k and v, and with `parameters` those of weight, bias and rpb."""
     kernels = _pack(weight, bias)
-    grad_q = torch.empty_like(q, memory_format=torch.contiguous_format)
-    grad_k, grad_v = (torch.zeros_like(q, memory_format=torch.contiguous_format) for _ in range(2))
+    grads = _new_gradients(q)
+    call = 'slide_attention_backward', weight.shape[-1], (q, k, v, grad_out), (kernels, rpb, dropout_mask), scale
     if not parameters:
-        _run('backward', (q, k, v, grad_out), (kernels, rpb, dropout_mask), scale, (grad_q, grad_k, grad_v))
-        return grad_q, grad_k, grad_v
-    grad_kernels, grad_rpb = (x.new_zeros(torch.get_num_threads(), *x.shape) for x in (kernels, rpb))
-    grads = grad_q, grad_k, grad_v, grad_kernels, grad_rpb
-    _run('backward', (q, k, v, grad_out), (kernels, rpb, dropout_mask), scale, grads)
+        _run(*call, grads)
+        return grads
+    grad_kernels, grad_rpb = _per_thread(kernels), _per_thread(rpb)
+    _run(*call, (*grads, grad_kernels, grad_rpb))
     # (tap, channel block, slot, channel) to (channel block, channel, slot, tap)
     sums = grad_kernels.sum(0).permute(1, 3, 2, 0).flatten(0, 1)
     grad_weight = sums[..., :-1].contiguous().view(weight.shape)
-    return grad_q, grad_k, grad_v, grad_weight, sums[..., -1].contiguous(), grad_rpb.sum(0)
+    return *grads, grad_weight, sums[..., -1].contiguous(), grad_rpb.sum(0)
+
+
+def neighborhood_forward(
+    q: Tensor, k: Tensor, v: Tensor, rpb: Tensor, scale: float, dropout_mask: Tensor | None
+) -> Tensor:
+    """See `mmslide.ops.neighborhood_attention` for shapes; dropout_mask is (B, H, W, heads, k²)."""
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    _run('neighborhood_attention_forward', (rpb.shape[-1] + 1) // 2, (q, k, v, out), (None, rpb, dropout_mask), scale)
+    return out
+
+
+def neighborhood_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rpb: Tensor,
+    scale: float,
+    dropout_mask: Tensor | None,
+    parameters: bool,
+) -> tuple[Tensor, ...]:
+    """The gradients of q, k and v, and with `parameters` that of rpb."""
+    grads = _new_gradients(q)
+    kernel_size = (rpb.shape[-1] + 1) // 2
+    call = 'neighborhood_attention_backward', kernel_size, (q, k, v, grad_out), (None, rpb, dropout_mask), scale
+    if not parameters:
+        _run(*call, grads)
+        return grads
+    grad_rpb = _per_thread(rpb)
+    _run(*call, (*grads, None, grad_rpb))
+    return *grads, grad_rpb.sum(0)
+
+
+def _new_gradients(q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Memory for those of q, k and v. The kernels add to the latter two."""
+    grad_q = torch.empty_like(q, memory_format=torch.contiguous_format)
+    grad_k, grad_v = (torch.zeros_like(q, memory_format=torch.contiguous_format) for _ in range(2))
+    return grad_q, grad_k, grad_v
+
+
+def _per_thread(x: Tensor) -> Tensor:
+    return x.new_zeros(torch.get_num_threads(), *x.shape)
 
 
 def _pack(weight: Tensor, bias: Tensor) -> Tensor:
@@ -114,19 +166,25 @@ def _pack(weight: Tensor, bias: Tensor) -> Tensor:
 
 def _run(
     name: str,
+    kernel_size: int,
     maps: tuple[Tensor, ...],
-    parameters: tuple[Tensor, Tensor, Tensor | None],
+    parameters: tuple[Tensor | None, ...],
     scale: float,
-    grads: tuple[Tensor, ...] = (),
+    grads: tuple[Any, ...] = (),
 ) -> None:
-    """Calls the kernel. The maps may have any strides, but the channels of a head have to be next to each other."""
+    """Calls a kernel. The maps may have any strides, but the channels of a head have to be next to each other.
+
+    Args:
+        maps: q, k, v and the output or its gradient.
+        parameters: kernels, rpb and the dropout mask.
+        grads: of q, k and v, and if wanted of kernels and rpb, of each thread.
+    """
     maps = tuple(x if x.stride(-1) == 1 else x.contiguous() for x in maps)
     numbers = [None if x is None else x.contiguous() for x in (*parameters, *grads[3:])]
-    kernel_size = math.isqrt(parameters[0].shape[2])
-    threads = len(grads[3]) if len(grads) > 3 else torch.get_num_threads()
+    threads = len(grads[4]) if len(grads) > 3 else torch.get_num_threads()
     call = _Call(*maps[0].shape, kernel_size, threads, scale)
     for field, x in zip(('q', 'k', 'v', 'out', 'grad_q', 'grad_k', 'grad_v'), (*maps, *grads[:3]), strict=False):
         setattr(call, field, _Map(x.data_ptr(), x.stride()[:4]))
     for field, values in zip(('kernels', 'rpb', 'mask', 'grad_kernels', 'grad_rpb'), numbers, strict=False):
         setattr(call, field, None if values is None else values.data_ptr())
-    getattr(library, f'slide_attention_{name}')(ctypes.byref(call))
+    getattr(library, name)(ctypes.byref(call))

@@ -1,4 +1,4 @@
-"""Slide Attention as the paper writes it (CVPR 2023, arXiv 2304.04237, section 4); all else is tested against it."""
+"""Slide Attention and neighborhood attention as their papers write them; all else is tested against these."""
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,10 @@ def reference(
     scale: float,
     dropout_mask: Tensor | None = None,
 ) -> Tensor:
-    """See `mmslide.ops.slide_attention` for shapes. Any dtype, any device; stores K and V k² times over."""
+    """Slide Attention (CVPR 2023, arXiv 2304.04237, section 4). Any dtype, any device; stores K and V k² times over.
+
+    See `mmslide.ops.slide_attention` for shapes.
+    """
     keys = deformed_shift(k, weight, bias) + rpb.unsqueeze(1)  # (B, H, W, heads, d, k²)
     values = deformed_shift(v, weight, bias)
     logits = scale * torch.einsum('bhwnc,bhwncj->bhwnj', q, keys)
@@ -33,3 +36,33 @@ def deformed_shift(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     padded = F.pad(x, (0, 0, 0, 0, pad, pad, pad, pad))
     taps = [padded[:, i : i + height, j : j + width] for i in range(kernel_size) for j in range(kernel_size)]
     return torch.einsum('bhwnct,cjt->bhwncj', torch.stack(taps, dim=-1), weight.flatten(2)) + bias
+
+
+def neighborhood_reference(
+    q: Tensor, k: Tensor, v: Tensor, rpb: Tensor, scale: float, dropout_mask: Tensor | None = None
+) -> Tensor:
+    """Neighborhood attention (CVPR 2023, arXiv 2204.07143, section 3.1), all windows gathered: stores K and V k² times.
+
+    See `mmslide.ops.neighborhood_attention` for shapes.
+
+    Args:
+        dropout_mask: (B, H, W, heads, k²), factors of the attention weights.
+    """
+    kernel_size = (rpb.shape[-1] + 1) // 2
+    (y, rows), (x, columns) = (window(side, kernel_size, q.device) for side in q.shape[1:3])
+    rows, columns = rows[:, None, :, None], columns[None, :, None, :]  # (H, 1, k, 1), (1, W, 1, k)
+    keys, values = (z[:, rows, columns].flatten(3, 4) for z in (k, v))  # (B, H, W, k², heads, d)
+    offset_y, offset_x = rows - y[:, None, None, None], columns - x[:, None, None]  # key minus query
+    bias = rpb[:, offset_y + kernel_size - 1, offset_x + kernel_size - 1].flatten(3)  # (heads, H, W, k²)
+    logits = scale * torch.einsum('bhwnc,bhwsnc->bhwns', q, keys) + bias.permute(1, 2, 0, 3)
+    attention = logits.softmax(dim=-1)
+    if dropout_mask is not None:
+        attention = attention * dropout_mask
+    return torch.einsum('bhwns,bhwsnc->bhwnc', attention, values)
+
+
+def window(side: int, kernel_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The positions of an axis, and those that each of them attends to: (side) and (side, k)."""
+    position = torch.arange(side, device=device)
+    start = (position - kernel_size // 2).clamp(0, side - kernel_size)
+    return position, start[:, None] + torch.arange(kernel_size, device=device)

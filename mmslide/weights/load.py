@@ -33,8 +33,7 @@ def load_pretrained(
 
     Args:
         model: one of our backbones.
-        checkpoint: a file or URL; the state dict may lie under 'state_dict' or 'model', its keys may begin with
-            'module.' or 'backbone.'.
+        checkpoint: a file or URL, see `mmslide.checkpoints.read_state_dict`; its keys may begin with 'backbone.'.
         prefix: takes only the keys that begin with it. None finds 'backbone.' by itself.
 
     Raises:

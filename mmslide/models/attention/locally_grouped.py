@@ -26,7 +26,7 @@ class LocallyGroupedAttention(WindowAttentionBase):
         height, width = x.shape[1:3]
         padded = self._pad(x)
         mask = None
-        fits = _is_true(padded.shape[1] == height) and _is_true(padded.shape[2] == width)
+        fits = is_true(padded.shape[1] == height) and is_true(padded.shape[2] == width)
         if self.mask_padding and not fits:
             # Keys only: every window has a pixel inside the map, and what the padding's own queries find is cropped.
             inside = self._pad(torch.ones(1, height, width, 1, dtype=torch.bool, device=x.device))
@@ -34,6 +34,6 @@ class LocallyGroupedAttention(WindowAttentionBase):
         return self.proj_drop(self.proj(self._attend_in_windows(padded, mask)[:, :height, :width]))
 
 
-def _is_true(condition: bool | torch.SymBool | Tensor) -> bool:
+def is_true(condition: bool | torch.SymBool | Tensor) -> bool:
     """A comparison of sizes: numbers, symbols while a dynamic size is exported, or tensors in `torch.jit.trace`."""
     return statically_known_true(condition) if isinstance(condition, torch.SymBool) else bool(condition)

@@ -8,7 +8,9 @@ import re
 
 from mmslide.checkpoints import StateDict
 
+from .cswin import CSWIN
 from .keys import Layout
+from .nat import NAT
 from .pvt import PVT
 from .pvtv2 import PVTV2
 from .slide import fuse_slide_attention, slide_attention
@@ -18,7 +20,7 @@ from .twins import TWINS
 __all__ = ['FAMILIES', 'TARGETS', 'from_mmslide', 'fuse_slide_attention', 'slide_attention', 'to_mmslide']
 
 OURS = Layout('mmslide', r'^stages\.\d+\.embed\.', dict)
-FAMILIES = (SWIN, PVT, PVTV2, TWINS)
+FAMILIES = (SWIN, PVT, PVTV2, TWINS, CSWIN, NAT)
 LAYOUTS = (OURS, *(layout for family in FAMILIES for layout in family.layouts))  # the first that fits is taken
 TARGETS = list(dict.fromkeys(['mmslide', *(layout.target for layout in LAYOUTS if layout.target)]))
 

@@ -1,0 +1,51 @@
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from mmengine.model.weight_init import trunc_normal_
+from torch import Tensor, nn
+
+from mmslide.models.arguments import check_integer
+from mmslide.ops import neighborhood_attention
+
+from .base import Attention
+
+
+@dataclass(eq=False, repr=False)
+class NeighborhoodAttention(Attention):
+    """Attention to the pixels nearest to each: neighborhood attention (CVPR 2023, arXiv 2204.07143, section 3.1).
+
+    At the border the window is moved inside. A map smaller than the window is padded with zeros at its right and
+    bottom; the padding is not masked, as in the host.
+
+    Args:
+        window_size: side of a pixel's window, odd, in pixels of the map.
+
+    The other arguments, and what is raised: see `Attention`.
+    """
+
+    window_size: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_integer('window_size', self.window_size, odd=True)
+        self.qkv = nn.Linear(self.embed_dims, 3 * self.embed_dims, bias=self.qkv_bias)
+        side = 2 * self.window_size - 1
+        self.rpb = nn.Parameter(torch.zeros(self.num_heads, side, side))
+        trunc_normal_(self.rpb, std=0.02)
+        self.proj = nn.Linear(self.embed_dims, self.embed_dims)
+        self.proj_drop = nn.Dropout(self.proj_drop_rate)
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[1:3]
+        padded = F.pad(x, (0, 0, 0, self._missing(width), 0, self._missing(height)))
+        q, k, v = self.qkv(padded).unflatten(-1, (3, self.num_heads, -1)).unbind(3)
+        dropout_p = self.attn_drop_rate if self.training else 0.0
+        out = neighborhood_attention(q, k, v, self.rpb, dropout_p=dropout_p).flatten(3)
+        return self.proj_drop(self.proj(out[:, :height, :width]))
+
+    def _missing(self, side: int) -> int:
+        """How many pixels a side of the map lacks to the window's."""
+        lacking = self.window_size - side
+        # max() would settle a dynamic size at export.
+        return torch.sym_max(lacking, 0) if isinstance(lacking, torch.SymInt) else max(lacking, 0)
