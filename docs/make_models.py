@@ -1,4 +1,4 @@
-"""Draws docs/models.png and writes the table of docs/models.md, both from the metafiles: `python docs/make_models.py`."""
+"""Draws docs/models.png and writes the table of docs/models.md, both from the metafiles."""
 
 import re
 from collections.abc import Iterator
@@ -13,14 +13,16 @@ PAGE = ROOT / 'docs/models.md'
 PLOT = ROOT / 'docs/models.png'
 BEGIN, END = '<!-- table: python docs/make_models.py -->\n', '<!-- end of the table -->'
 
-# How the name of a config ends, and what the paper reports for it.
+COCO = ['COCO val2017 box AP', 'COCO val2017 mask AP']
+ADE20K = ['ADE20K val mIoU']
+# How the configs of a task are named, with (.+) for the backbone, and what the papers report for it.
 TASKS = {
-    'ImageNet top-1': (r'^(?P<backbone>.+)_8xb\d+_in1k$', ['ImageNet-1K val top-1']),
-    'Mask R-CNN 1x': (r'^mask-rcnn_(?P<backbone>.+)_fpn_(8xb1-)?1x_coco$', ['COCO val2017 box AP', 'COCO val2017 mask AP']),
-    'Mask R-CNN 3x': (r'^mask-rcnn_(?P<backbone>.+)_fpn_ms-crop-3x_coco$', ['COCO val2017 box AP', 'COCO val2017 mask AP']),
-    'Semantic FPN': (r'^(?P<backbone>.+)_fpn_8xb4-\d+k_ade20k-512x512$', ['ADE20K val mIoU']),
-    'UperNet': (r'^(?P<backbone>.+)_upernet_8xb2-160k_ade20k-512x512$', ['ADE20K val mIoU']),
-}  # fmt: skip
+    'ImageNet top-1': (r'(.+)_8xb\d+_in1k', ['ImageNet-1K val top-1']),
+    'Mask R-CNN 1x': (r'mask-rcnn_(.+)_fpn_(?:8xb1-)?1x_coco', COCO),
+    'Mask R-CNN 3x': (r'mask-rcnn_(.+)_fpn_ms-crop-3x_coco', COCO),
+    'Semantic FPN': (r'(.+)_fpn_8xb4-\d+k_ade20k-512x512', ADE20K),
+    'UperNet': (r'(.+)_upernet_8xb2-160k_ade20k-512x512', ADE20K),
+}
 
 
 def main() -> None:
@@ -37,10 +39,10 @@ def read_metafiles() -> dict[str, dict[str, Any]]:
     for metafile in sorted((ROOT / 'configs').rglob('metafile.yml')):
         for model in yaml.safe_load(metafile.read_text())['Models']:
             for task, (pattern, metrics) in TASKS.items():
-                match = re.match(pattern, model['Name'])
+                match = re.fullmatch(pattern, model['Name'])
                 if not match:
                     continue
-                row = rows.setdefault(match['backbone'], {})
+                row = rows.setdefault(match[1], {})
                 found = [model.get('Paper Results', {}).get(metric) for metric in metrics]
                 row[task] = [value for value in found if value is not None]
                 if task == 'ImageNet top-1':

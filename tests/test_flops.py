@@ -215,6 +215,19 @@ def test_spatial_reduction_block():
     assert macs_of(block(SubsampledAttention(channels, 2, ratio), channels), channels, height, width) == expected
 
 
+@pytest.mark.parametrize('size', [(10, 15), (5, 9)])
+def test_neighborhood_block(size):
+    channels, window = 32, 7
+    pixels, padded = size[0] * size[1], max(size[0], window) * max(size[1], window)
+    expected = (
+        3 * channels**2 * padded  # qkv, on the padding of a map smaller than the window too
+        + 2 * channels * window**2 * padded  # q · k and a · v
+        + channels**2 * pixels  # projection
+        + 2 * 4 * channels**2 * pixels  # MLP
+    )
+    assert macs_of(block(NeighborhoodAttention(channels, 2, window), channels), channels, *size) == expected
+
+
 def test_pooled_block():
     channels, height, width = 32, 12, 16
     pixels, pooled = height * width, 49
@@ -229,19 +242,6 @@ def test_pooled_block():
     mlp = ConvMLP(channels, 4 * channels, relu=True)
     block = Block(PooledAttention(channels, 2), mlp, channels)
     assert macs_of(block, channels, height, width) == expected
-
-
-@pytest.mark.parametrize('size', [(10, 15), (5, 9)])
-def test_neighborhood_block(size):
-    channels, window = 32, 7
-    pixels, padded = size[0] * size[1], max(size[0], window) * max(size[1], window)
-    expected = (
-        3 * channels**2 * padded  # qkv, on the padding of a map smaller than the window too
-        + 2 * channels * window**2 * padded  # q · k and a · v
-        + channels**2 * pixels  # projection
-        + 2 * 4 * channels**2 * pixels  # MLP
-    )
-    assert macs_of(block(NeighborhoodAttention(channels, 2, window), channels), channels, *size) == expected
 
 
 def test_does_not_depend_on_the_backend():

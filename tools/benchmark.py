@@ -90,6 +90,7 @@ def parse_args() -> argparse.Namespace:
     )
     backbone = commands.add_parser('backbone', parents=[common, plot], help="beside mmdet's, mmseg's or a plain one")
     backbone.add_argument('names', nargs='*', choices=[[], *BACKBONES], help='default: all')
+    backbone.add_argument('--with-cp', action='store_true', help='in ours, to see what it saves in training')
     onnx = commands.add_parser('onnx', parents=[measuring, maps], help='fused beside two-path, in onnxruntime')
     onnx.add_argument('--mlp-ratio', type=float, default=0, help='of a transformer block; default: attention alone')
     model = commands.add_parser('model', parents=[common], help='two configs')
@@ -113,7 +114,7 @@ def pairs(args: argparse.Namespace, settings: dict) -> Iterator[Pair]:
             yield neighborhood_pair(*map(int, text.split('x')), kernel_size=args.kernel_size, **settings)
     elif args.command == 'backbone':
         for name in args.names or BACKBONES:
-            yield backbone_pair(name, *args.shape, backend=args.backend, **settings)
+            yield backbone_pair(name, *args.shape, backend=args.backend, with_cp=args.with_cp, **settings)
     else:
         ours, baseline = (Config.fromfile(find_config(name)) for name in (args.config, args.baseline))
         yield model_pair(ours, baseline, *args.shape, **settings)

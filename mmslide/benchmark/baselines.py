@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from mmslide.models import SlideCSWin
-from mmslide.models.attention import CrossShapedWindowAttention, SlideAttention
+from mmslide.models import SlideCSWin, SlideNAT
+from mmslide.models.attention import CrossShapedWindowAttention, NeighborhoodAttention, SlideAttention
 from mmslide.ops.conv import depthwise
+from mmslide.ops.reference import neighborhood_reference
 
 
 def two_path(
@@ -129,6 +130,20 @@ class PlainCrossShapedAttention(CrossShapedWindowAttention):
         rows, columns = -(-height // h), -(-width // w)
         out = out.unflatten(0, (-1, rows, columns)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
         return out[:, top : top + height, left : left + width]
+
+
+class GatheringNeighborhoodAttention(NeighborhoodAttention):
+    """Every window is gathered."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return neighborhood_reference(q, k, v, self.rpb, scale=q.shape[-1] ** -0.5)
+
+
+class PlainNAT(SlideNAT):
+    """NAT with `GatheringNeighborhoodAttention`; NATTEN, which the authors' code needs, no longer runs on a CPU."""
+
+    def build_mixer(self, stage: int, index: int, **shared: Any) -> nn.Module:
+        return GatheringNeighborhoodAttention(window_size=self.window_sizes[stage], **shared)
 
 
 class PlainCSWin(SlideCSWin):

@@ -18,7 +18,7 @@ from mmengine.registry import MODELS, DefaultScope
 from torch import Tensor, nn
 
 from mmslide.flops import DENSE_HEADS, count_macs
-from mmslide.models import SlideCSWin, SlidePVT, SlidePVTv2, SlideSwin, TwinsPCPVT, TwinsSVT
+from mmslide.models import SlideCSWin, SlideNAT, SlidePVT, SlidePVTv2, SlideSwin, TwinsPCPVT, TwinsSVT
 from mmslide.models.attention import SlideAttention
 from mmslide.ops import fixed_shift, merge_paths, neighborhood_attention, slide_attention
 from mmslide.ops.reference import neighborhood_reference
@@ -172,6 +172,15 @@ def neighborhood_pair(
     )
 
 
+# Where the baselines are, imported when one is measured.
+MODULES = {
+    'mmdet': 'mmdet.models.backbones',
+    'mmseg': 'mmseg.models.backbones',
+    'mmslide': 'mmslide.models',
+    'plain': 'mmslide.benchmark.baselines',
+}
+
+
 @dataclass(frozen=True)
 class Backbones:
     """Ours and what it is measured against.
@@ -190,9 +199,7 @@ class Backbones:
         if self.framework == 'timm':
             # Its maps at all stages, under the names that its weights are published with.
             return import_module('timm').create_model(self.baseline, features_only=True, **self.baseline_kwargs)
-        own = self.framework == 'mmslide'
-        module = import_module('mmslide.benchmark.baselines' if own else f'{self.framework}.models.backbones')
-        return getattr(module, self.baseline)(**self.baseline_kwargs)
+        return getattr(import_module(MODULES[self.framework]), self.baseline)(**self.baseline_kwargs)
 
 
 _PVT_SMALL = dict(num_layers=[3, 4, 6, 3])
@@ -214,23 +221,29 @@ _PVT_HOST = partial(_PVT, slide_stages=())
 _PVTV2 = partial(SlidePVTv2, 'b2')
 _PVTV2_HOST = partial(_PVTV2, slide_stages=())
 _PVTV2_B2 = dict(_PVT_SMALL, embed_dims=64)
-_SWIN_HOST = partial(SlideSwin, 'tiny', slide_stages=())
-_CSWIN_HOST = partial(SlideCSWin, 'tiny', slide_stages=())
-_PLAIN_CSWIN = dict(arch='tiny', slide_stages=())
+_SWIN, _CSWIN, _NAT = (partial(cls, 'tiny') for cls in (SlideSwin, SlideCSWin, SlideNAT))
+_SWIN_HOST, _CSWIN_HOST, _NAT_HOST = (partial(ours, slide_stages=()) for ours in (_SWIN, _CSWIN, _NAT))
+_TINY_HOST = dict(arch='tiny', slide_stages=())
 _PCPVT = partial(TwinsPCPVT, 'small', norm_cfg=_LN)
 _SVT = partial(TwinsSVT, 'small', norm_cfg=_LN)
 BACKBONES = {
     'slide-pvt-s': Backbones(_PVT, 'mmdet', 'PyramidVisionTransformer', _PVT_SMALL, _PVT_HOST),
     'slide-pvt-s/pvtv2-b2': Backbones(_PVT, 'mmdet', 'PyramidVisionTransformerV2', _PVTV2_B2, None),
     'slide-pvtv2-b2': Backbones(_PVTV2, 'mmdet', 'PyramidVisionTransformerV2', _PVTV2_B2, _PVTV2_HOST),
-    'slide-swin-t': Backbones(partial(SlideSwin, 'tiny'), 'mmdet', 'SwinTransformer', {}, _SWIN_HOST),
+    'slide-swin-t': Backbones(_SWIN, 'mmdet', 'SwinTransformer', {}, _SWIN_HOST),
     'pvt-s': Backbones(_PVT_HOST, 'mmdet', 'PyramidVisionTransformer', _PVT_SMALL, _PVT_HOST),
     'pvtv2-b2': Backbones(_PVTV2_HOST, 'mmdet', 'PyramidVisionTransformerV2', _PVTV2_B2, _PVTV2_HOST),
     'swin-t': Backbones(_SWIN_HOST, 'mmdet', 'SwinTransformer', {}, _SWIN_HOST),
-    'slide-cswin-t': Backbones(partial(SlideCSWin, 'tiny'), 'mmslide', 'PlainCSWin', _PLAIN_CSWIN, _CSWIN_HOST),
-    'cswin-t': Backbones(_CSWIN_HOST, 'mmslide', 'PlainCSWin', _PLAIN_CSWIN, _CSWIN_HOST),
+    'slide-cswin-t': Backbones(_CSWIN, 'plain', 'PlainCSWin', _TINY_HOST, _CSWIN_HOST),
+    'cswin-t': Backbones(_CSWIN_HOST, 'plain', 'PlainCSWin', _TINY_HOST, _CSWIN_HOST),
+    'nat-t': Backbones(_NAT_HOST, 'plain', 'PlainNAT', _TINY_HOST, _NAT_HOST),
     'twins-pcpvt-s': Backbones(_PCPVT, 'mmseg', 'PCPVT', _PCPVT_SMALL, _PCPVT),
     'twins-svt-s': Backbones(_SVT, 'mmseg', 'SVT', _SVT_SMALL, _SVT),
+    'slide-pvt-s/host': Backbones(_PVT, 'mmslide', 'SlidePVT', dict(arch='small', slide_stages=()), _PVT_HOST),
+    'slide-pvtv2-b2/host': Backbones(_PVTV2, 'mmslide', 'SlidePVTv2', dict(arch='b2', slide_stages=()), _PVTV2_HOST),
+    'slide-swin-t/host': Backbones(_SWIN, 'mmslide', 'SlideSwin', _TINY_HOST, _SWIN_HOST),
+    'slide-cswin-t/host': Backbones(_CSWIN, 'mmslide', 'SlideCSWin', _TINY_HOST, _CSWIN_HOST),
+    'slide-nat-t/host': Backbones(_NAT, 'mmslide', 'SlideNAT', _TINY_HOST, _NAT_HOST),
 }
 if find_spec('timm'):
     _TIMM_PCPVT = partial(TwinsPCPVT, 'small')
@@ -251,18 +264,20 @@ def backbone_pair(
     device: str | torch.device = 'cpu',
     backend: str | None = None,
     training: bool = False,
+    with_cp: bool = False,
 ) -> Pair:
-    """A backbone of ours beside mmdet's, mmseg's or a plain one of the same size, on images (batch, 3, height, width).
+    """A backbone of ours beside another one of the same size, on images (batch, 3, height, width).
 
     Where both are the same function, ours has the baseline's weights and the results are compared. Of a Slide backbone,
     which is another function, are checked: its host against the baseline, and the op inside it against the reference.
 
     Args:
         name: of `BACKBONES`.
+        with_cp: recompute the activations of ours in backward; the other one keeps its own.
     """
     row = BACKBONES[name]
     baseline = _prepare(row.build_baseline(), dtype, device, training)
-    ours = row.ours(drop_path_rate=0.0, attn_backend=backend)
+    ours = row.ours(drop_path_rate=0.0, attn_backend=backend, with_cp=with_cp)
     same = row.ours is row.host
     if row.host is not None:
         host = ours if same else row.host(drop_path_rate=0.0)

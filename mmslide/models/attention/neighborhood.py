@@ -40,9 +40,12 @@ class NeighborhoodAttention(Attention):
         height, width = x.shape[1:3]
         padded = F.pad(x, (0, 0, 0, self._missing(width), 0, self._missing(height)))
         q, k, v = self.qkv(padded).unflatten(-1, (3, self.num_heads, -1)).unbind(3)
-        dropout_p = self.attn_drop_rate if self.training else 0.0
-        out = neighborhood_attention(q, k, v, self.rpb, dropout_p=dropout_p).flatten(3)
+        out = self.attend(q, k, v).flatten(3)
         return self.proj_drop(self.proj(out[:, :height, :width]))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        dropout_p = self.attn_drop_rate if self.training else 0.0
+        return neighborhood_attention(q, k, v, self.rpb, dropout_p=dropout_p)
 
     def _missing(self, side: int) -> int:
         """How many pixels a side of the map lacks to the window's."""

@@ -112,7 +112,7 @@ def average_pool(x: Tensor, size: int) -> Tensor:
     """Adaptive average pooling of a map (B, H, W, C) to (B, size, size, C)."""
     if not any(isinstance(side, torch.SymInt) for side in x.shape[1:3]):
         return F.adaptive_avg_pool2d(x.permute(0, 3, 1, 2), size).permute(0, 2, 3, 1)
-    # For sizes known at run time only, as products: PyTorch's decomposition would keep the windows of the traced size.
+    # For sizes known at run time only, as products: PyTorch's decomposition keeps the windows of the traced size.
     rows, columns = (_pool_weights(side, size, x) for side in x.shape[1:3])
     return columns @ (rows @ x.flatten(2)).unflatten(-1, x.shape[2:])
 

@@ -20,7 +20,7 @@ from .twins import TWINS
 __all__ = ['FAMILIES', 'TARGETS', 'from_mmslide', 'fuse_slide_attention', 'slide_attention', 'to_mmslide']
 
 OURS = Layout('mmslide', r'^stages\.\d+\.embed\.', dict)
-FAMILIES = (SWIN, PVT, PVTV2, TWINS, CSWIN, NAT)
+FAMILIES = (SWIN, PVT, PVTV2, CSWIN, NAT, TWINS)
 LAYOUTS = (OURS, *(layout for family in FAMILIES for layout in family.layouts))  # the first that fits is taken
 TARGETS = list(dict.fromkeys(['mmslide', *(layout.target for layout in LAYOUTS if layout.target)]))
 
