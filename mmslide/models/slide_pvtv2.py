@@ -1,6 +1,6 @@
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -42,8 +42,8 @@ class SlidePVTv2(Pyramid):
     """
 
     variants = VARIANTS
-    optional = {'pool_sizes': 0}  # noqa: RUF012
-    default_init_cfg = [  # noqa: RUF012
+    optional: ClassVar = dict(pool_sizes=0)
+    default_init_cfg: ClassVar = [
         *Pyramid.default_init_cfg,
         dict(type='Kaiming', layer='Conv2d', mode='fan_out'),
         # mmengine's fan_out does not divide by the groups; fan_in, with one channel in each, is the same.
