@@ -1,6 +1,7 @@
 import copy
 import inspect
 import re
+import runpy
 from functools import cache
 from pathlib import Path
 
@@ -362,6 +363,16 @@ def test_mim_reads_the_model_index(capsys):
 def test_readme_links_to_every_config(metafile):
     links = re.findall(r'\]\(([^)]+\.py)\)', (metafile.parent / 'README.md').read_text())
     assert sorted(links) == sorted(path.name for path in (*ZOO, *IN1K) if path.parent == metafile.parent)
+
+
+def test_the_models_page_has_what_the_metafiles_have(tmp_path):
+    script = runpy.run_path(str(ROOT / 'docs/make_models.py'))
+    page = tmp_path / 'models.md'
+    page.write_text(script['PAGE'].read_text().replace('82.3', ''))
+    script['main'].__globals__.update(PAGE=page, PLOT=tmp_path / 'models.png')
+    script['main']()
+    assert page.read_text() == script['PAGE'].read_text()
+    assert (tmp_path / 'models.png').stat().st_size > 10_000
 
 
 @pytest.mark.parametrize('metafile', METAFILES, ids=lambda path: path.parent.name)

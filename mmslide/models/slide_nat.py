@@ -1,7 +1,6 @@
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, field
-from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 from mmcv.cnn import build_norm_layer
 from mmengine.model import BaseModule
@@ -43,7 +42,7 @@ class SlideNAT(Pyramid):
     """
 
     variants = VARIANTS
-    optional = MappingProxyType({'layer_scales': 0.0})
+    optional: ClassVar = {'layer_scales': 0.0}
 
     arch: Arch = 'mini'
     _: KW_ONLY
