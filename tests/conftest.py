@@ -1,3 +1,4 @@
+import gc
 import os
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')  # tests run side by side; their tensors are small
@@ -22,6 +23,17 @@ def deterministic():
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True, scope='module')
+def frozen_heap():
+    """Data sets of MM packages collect garbage, which takes a second once all packages are imported."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
 
 
 @pytest.fixture

@@ -196,6 +196,7 @@ def test_the_last_stage_of_every_arch_attends_to_its_whole_map():
     assert model.stages[-1].blocks[0].attn.split_size == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('arch', 'slide_stages', 'params', 'macs', 'backbone_macs'),
     [

@@ -159,7 +159,12 @@ def test_every_total_is_of_a_config():
     assert set(PAPER) <= set(CONFIGS)
 
 
-@pytest.mark.parametrize('name', CONFIGS)
+def is_first(name: str) -> bool:
+    """Whether a config is the one that the others of its family and task start from."""
+    return "_base_ = '../" in (ROOT / f'configs/{name}.py').read_text()
+
+
+@pytest.mark.parametrize('name', [pytest.param(x, marks=() if is_first(x) else pytest.mark.slow) for x in CONFIGS])
 def test_paper(name):
     family, config = name.split('/')
     twins = family == 'twins'

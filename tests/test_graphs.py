@@ -56,7 +56,10 @@ def assert_compiled_is_eager(model, x, precision, backend):
         assert (found_grads[name] - grad).abs().max() < tolerance * max(grad.abs().max(), floor), name
 
 
-@pytest.mark.parametrize('precision', ['float32', 'bfloat16', 'autocast'])
+@pytest.mark.parametrize(
+    'precision',
+    ['float32', pytest.param('bfloat16', marks=pytest.mark.slow), pytest.param('autocast', marks=pytest.mark.slow)],
+)
 @EVERY
 def test_compiled_backbones(backbone, precision):
     dtype = torch.bfloat16 if precision == 'bfloat16' else torch.float32

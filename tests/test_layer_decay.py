@@ -196,6 +196,7 @@ def test_keys_are_those_that_mmengine_reads():
     assert set(re.findall(r"paramwise_cfg\.get\('(\w+)'", source)) == PARAMWISE_KEYS - {'decay_rate'}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('scope', ['mmdet', 'mmseg'])
 def test_nothing_need_be_imported(scope):
     pytest.importorskip(scope)

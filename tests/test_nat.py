@@ -193,6 +193,7 @@ def complexity(arch, slide_stages):
     return params / 1e6, (macs[0] + head.weight.numel()) / 1e9, macs[1] / 1e9, macs[2] / 1e9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('arch', HOST)
 def test_parameters_and_flops(arch):
     params, classifier, *detection = complexity(arch, ())

@@ -254,6 +254,7 @@ def macs(model, shape):
     return count_macs(model.eval(), torch.empty(1, 3, *shape, device='meta'))[1] / 1e9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('arch', COUNTS)
 def test_parameters_and_flops(arch):
     host, slide, alone = COUNTS[arch]

@@ -68,6 +68,7 @@ assert len(backbone(torch.randn(1, 3, 32, 32))) == 2
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('framework', 'absent'), [('mmdet', 'mmseg'), ('mmseg', 'mmdet')])
 def test_either_framework_alone_is_enough_and_nothing_need_be_imported(framework, absent, tmp_path):
     pytest.importorskip(framework)

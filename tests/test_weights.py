@@ -254,7 +254,7 @@ WHOLE = {
 
 
 @pytest.mark.parametrize('layout', WHOLE)
-@pytest.mark.parametrize('out_indices', [(0,), (1,), (0, 2)])
+@pytest.mark.parametrize('out_indices', [pytest.param((0,), marks=pytest.mark.slow), (0, 2)])
 def test_a_whole_backbone_loads_into_one_without_the_last_stages(layout, out_indices, save, log):
     state, build = WHOLE[layout]
     checkpoint = save(state())
@@ -387,7 +387,13 @@ GOLDEN_CSWIN = ['cswin_tiny_cls_224', 'cswin_tiny_segmentation_192x256']
 TWINS = pytest.mark.parametrize('cls', [TwinsPCPVT, TwinsSVT])
 WRAPPINGS = pytest.mark.parametrize(
     ('wrapper', 'prefix'),
-    [(None, ''), ('model', ''), ('state_dict', 'backbone.'), ('model', 'module.'), ('state_dict', 'module.backbone.')],
+    [
+        (None, ''),
+        pytest.param('model', '', marks=pytest.mark.slow),
+        pytest.param('state_dict', 'backbone.', marks=pytest.mark.slow),
+        pytest.param('model', 'module.', marks=pytest.mark.slow),
+        ('state_dict', 'module.backbone.'),
+    ],
 )
 
 

@@ -79,7 +79,10 @@ def assert_close(outs, wanted, tolerance):
         assert relative_error(out, reference) < tolerance
 
 
-@pytest.mark.parametrize('slide_stages', [(), (0, 1), (0, 1, 2, 3)])
+@pytest.mark.parametrize(
+    'slide_stages',
+    [pytest.param((), marks=pytest.mark.slow), (0, 1), pytest.param((0, 1, 2, 3), marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize(('backbone', 'arch'), ARCHS, ids=name)
 def test_every_arch(backbone, arch, slide_stages):
     row = backbone.cls.variants[arch]
