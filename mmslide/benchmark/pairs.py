@@ -195,11 +195,12 @@ class Backbones:
     baseline_kwargs: dict[str, Any]
     host: Callable[..., nn.Module] | None
 
-    def build_baseline(self) -> nn.Module:
+    def build_baseline(self, with_cp: bool) -> nn.Module:
         if self.framework == 'timm':
             # Its maps at all stages, under the names that its weights are published with.
             return import_module('timm').create_model(self.baseline, features_only=True, **self.baseline_kwargs)
-        return getattr(import_module(MODULES[self.framework]), self.baseline)(**self.baseline_kwargs)
+        own = dict(with_cp=with_cp) if self.framework == 'mmslide' else {}
+        return getattr(import_module(MODULES[self.framework]), self.baseline)(**self.baseline_kwargs, **own)
 
 
 _PVT_SMALL = dict(num_layers=[3, 4, 6, 3])
@@ -273,10 +274,10 @@ def backbone_pair(
 
     Args:
         name: of `BACKBONES`.
-        with_cp: recompute the activations of ours in backward; the other one keeps its own.
+        with_cp: recompute activations in backward, in backbones of mmslide.
     """
     row = BACKBONES[name]
-    baseline = _prepare(row.build_baseline(), dtype, device, training)
+    baseline = _prepare(row.build_baseline(with_cp), dtype, device, training)
     ours = row.ours(drop_path_rate=0.0, attn_backend=backend, with_cp=with_cp)
     same = row.ours is row.host
     if row.host is not None:
