@@ -90,7 +90,7 @@ def parse_args() -> argparse.Namespace:
     )
     backbone = commands.add_parser('backbone', parents=[common, plot], help="beside mmdet's, mmseg's or a plain one")
     backbone.add_argument('names', nargs='*', choices=[[], *BACKBONES], help='default: all')
-    backbone.add_argument('--with-cp', action='store_true', help='in backbones of mmslide, to see what it saves in training')
+    backbone.add_argument('--with-cp', action='store_true', help='in backbones of mmslide: what it saves in training')
     onnx = commands.add_parser('onnx', parents=[measuring, maps], help='fused beside two-path, in onnxruntime')
     onnx.add_argument('--mlp-ratio', type=float, default=0, help='of a transformer block; default: attention alone')
     model = commands.add_parser('model', parents=[common], help='two configs')
