@@ -1,3 +1,4 @@
+import contextlib
 from unittest import mock
 
 import pytest
@@ -61,6 +62,11 @@ def test_reference_equals_the_sum_over_single_pixels():
         assert relative_error(out[0, y, x, head], result) < 1e-12
 
 
+def without_kernels():
+    return mock.patch.multiple(native, library=None, why_none='is missing')
+
+
+@pytest.mark.filterwarnings('ignore:the library of CPU kernels')
 @pytest.mark.parametrize('shape', SHAPES, ids=str)
 def test_output_and_gradients_agree_with_the_reference(shape):
     args = arguments(*shape)
@@ -68,8 +74,14 @@ def test_output_and_gradients_agree_with_the_reference(shape):
     reference = wanted(args, grad)
     assert_agrees(gradients(neighborhood_attention(*args), args, grad), reference, 1e-12)
     single = [x.detach().float().requires_grad_() for x in args]
-    with mock.patch.object(native, 'library', None):
+    with without_kernels():
         assert_agrees(gradients(neighborhood_attention(*single), single, grad), reference, 1e-5)
+
+
+def test_missing_kernels_are_reported():
+    args = arguments(1, 8, 9, 1, 8, 7, dtype=torch.float32)
+    with without_kernels(), pytest.warns(UserWarning, match='CPU kernels is missing; plain PyTorch stands in'):
+        neighborhood_attention(*args)
 
 
 @pytest.mark.skipif(native.library is None, reason='not compiled')
@@ -83,7 +95,7 @@ def test_native_agrees_with_the_reference_and_repeats(shape, masked, threads):
     args = arguments(*shape, dtype=torch.float32)
     grad = torch.randn(shape[:5])
     mask = (torch.rand(*shape[:4], shape[5] ** 2) > 0.4) / 0.6 if masked else None
-    assert native.takes_neighborhoods(args[0], args[3])
+    assert native.neighborhood_refusal(args[0], args[3]) is None
 
     def run():
         return gradients(neighborhood.custom_op(*args, 0.3, mask), args, grad)
@@ -109,7 +121,7 @@ def test_native_agrees_with_the_reference_and_repeats(shape, masked, threads):
 )
 def test_what_native_cannot_do_is_left_to_tiles(shape, dtype):
     q, *_, rpb = arguments(*shape, dtype=dtype)
-    assert not native.takes_neighborhoods(q, rpb)
+    assert native.neighborhood_refusal(q, rpb)
 
 
 def test_native_passes_nan_and_infinity_on():
@@ -217,6 +229,7 @@ def test_a_frozen_bias_costs_nothing():
         assert relative_error(value, other) < 1e-12
 
 
+@pytest.mark.filterwarnings('ignore:the library of CPU kernels')
 @pytest.mark.parametrize('library', ['native', 'tiles'])
 @pytest.mark.parametrize('training', [False, True])
 def test_memory(training, library):
@@ -225,7 +238,7 @@ def test_memory(training, library):
     args = [torch.randn(1, height, width, heads, head_dims).requires_grad_() for _ in 'qkv']
     args.append(torch.randn(heads, 13, 13).requires_grad_())
     side = Side('ours', lambda: [neighborhood_attention(*args)], dict(zip(NAMES[1:], args, strict=True)))
-    with mock.patch.object(native, 'library', native.library if library == 'native' else None):
+    with without_kernels() if library == 'tiles' else contextlib.nullcontext():
         step = measure._step(side, training)
         step()  # draws the output's gradient
         peak = measure._peak_bytes(step, args[0].device)

@@ -51,27 +51,25 @@ library, why_none = _load()
 
 
 def refusal(q: Tensor, weight: Tensor) -> str | None:
-    """Why the backend 'native' cannot take these arguments, or None."""
+    """Why there are no kernels of Slide Attention for these arguments, or None."""
+    return _refusal(q, weight.dtype, weight.shape[-1])
+
+
+def neighborhood_refusal(q: Tensor, rpb: Tensor) -> str | None:
+    """Why there are no kernels of neighborhood attention for these arguments, or None."""
+    return _refusal(q, rpb.dtype, (rpb.shape[-1] + 1) // 2)
+
+
+def _refusal(q: Tensor, dtype: torch.dtype, kernel_size: int) -> str | None:
     if q.device.type != 'cpu':
         return f'needs CPU tensors, got {q.device.type}'
-    if q.dtype != torch.float32 or weight.dtype != torch.float32:
-        return f'takes float32 only, got {q.dtype} maps and {weight.dtype} kernels'
+    if q.dtype != torch.float32 or dtype != torch.float32:
+        return f'takes float32 only, got {q.dtype} maps and {dtype} parameters'
     if q.shape[-1] % LANES:
         return f'takes head sizes that divide by {LANES}, got {q.shape[-1]}'
-    if weight.shape[-1] not in KERNEL_SIZES:
-        return f'takes kernel sizes {KERNEL_SIZES}, got {weight.shape[-1]}'
+    if kernel_size not in KERNEL_SIZES:
+        return f'takes kernel sizes {KERNEL_SIZES}, got {kernel_size}'
     return why_none if library is None else None
-
-
-def takes_neighborhoods(q: Tensor, rpb: Tensor) -> bool:
-    """Whether there are kernels of neighborhood attention for these arguments."""
-    return (
-        library is not None
-        and q.device.type == 'cpu'
-        and q.dtype == rpb.dtype == torch.float32
-        and q.shape[-1] % LANES == 0
-        and (rpb.shape[-1] + 1) // 2 in KERNEL_SIZES
-    )
 
 
 def forward(

@@ -1,6 +1,7 @@
 """Neighborhood attention: one PyTorch operator in front of its kernels. Only q, k, v and rpb are kept for backward."""
 
 import math
+import warnings
 from typing import Any
 
 import torch
@@ -37,6 +38,9 @@ def neighborhood_attention(
         scale = q.shape[-1] ** -0.5
     if torch.compiler.is_exporting():
         return tiles.whole_map(q, k, v, rpb, scale, dropout_p)
+    reason = native.neighborhood_refusal(q, rpb)
+    if reason and reason == native.why_none and not torch.compiler.is_compiling():
+        warnings.warn(f'the library of CPU kernels {reason}; plain PyTorch stands in and is slower', stacklevel=2)
     dropout_mask = None
     if dropout_p > 0:
         keep = torch.rand(*q.shape[:-1], (rpb.shape[-1] + 1) ** 2 // 4, device=q.device) >= dropout_p
@@ -71,7 +75,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, rpb: Tensor, dropout_p: float) -> No
 
 @torch.library.custom_op('mmslide::neighborhood_attention', mutates_args=())
 def custom_op(q: Tensor, k: Tensor, v: Tensor, rpb: Tensor, scale: float, dropout_mask: Tensor | None) -> Tensor:
-    forward = native.neighborhood_forward if native.takes_neighborhoods(q, rpb) else tiles.forward
+    forward = tiles.forward if native.neighborhood_refusal(q, rpb) else native.neighborhood_forward
     with without_autocast(q):
         return forward(q, k, v, rpb, scale, dropout_mask)
 
@@ -88,7 +92,7 @@ def _backward(
     parameters: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of q, k, v and rpb; an empty tensor for the last without `parameters`."""
-    backward: Any = native.neighborhood_backward if native.takes_neighborhoods(q, rpb) else tiles.backward
+    backward: Any = tiles.backward if native.neighborhood_refusal(q, rpb) else native.neighborhood_backward
     with without_autocast(q):
         grads = backward(grad_out, q, k, v, rpb, scale, dropout_mask, parameters)
     return grads if parameters else (*grads, rpb.new_empty(0))
