@@ -35,9 +35,9 @@ demo: data/mini
 	$(BIN)/mim train mmslide $(DEMO) --work-dir work_dirs/demo --resume
 	$(BIN)/mim test mmslide $(DEMO) --checkpoint "$$(cat work_dirs/demo/last_checkpoint)" \
 	    --work-dir work_dirs/demo/test --show-dir work_dirs/demo/pictures
-	$(BIN)/python tools/export_onnx.py configs/mini/$(DEMO) "$$(cat work_dirs/demo/last_checkpoint)" work_dirs/demo/model.onnx \
+	$(BIN)/python tools/export.py configs/mini/$(DEMO) "$$(cat work_dirs/demo/last_checkpoint)" work_dirs/demo/model.onnx \
 	    --shape 128 128 --images data/mini/coco/val2017/00000000000[1-8].jpg
-	$(BIN)/python tools/run_onnx.py work_dirs/demo/model.onnx data/mini/coco/val2017/000000000001.jpg \
+	$(BIN)/python tools/run_exported.py work_dirs/demo/model.onnx data/mini/coco/val2017/000000000001.jpg \
 	    work_dirs/demo/onnx.png
 	@echo 'Ground truth and predictions side by side: work_dirs/demo/pictures'
 	@echo 'The same model as an ONNX file: work_dirs/demo/model.onnx; what it sees without PyTorch: work_dirs/demo/onnx.png'

@@ -23,7 +23,7 @@ from mmengine.runner.checkpoint import CheckpointLoader
 import mmslide
 from mmslide.checkpoints import check_finite, read_checkpoint, read_state_dict
 from mmslide.deploy import fuse_checkpoint
-from mmslide.deploy.onnx import export_onnx
+from mmslide.deploy.export import export
 from mmslide.models import SlidePVT
 from mmslide.weights import convert_checkpoint, load_pretrained
 
@@ -83,7 +83,7 @@ WAYS_IN = {
     'init_cfg': lambda path, out: backbone(init_cfg=dict(type='Pretrained', checkpoint=path)).init_weights(),
     'convert': lambda path, out: convert_checkpoint(path, out, 'mmslide'),
     'fuse': lambda path, out: fuse_checkpoint(CONFIG, path, out),
-    'export': lambda path, out: export_onnx(CONFIG, path, out, 'backbone', (64, 64)),
+    'export': lambda path, out: export(CONFIG, path, out, 'backbone', (64, 64)),
     'mmengine': lambda path, out: CheckpointLoader.load_checkpoint(path),
 }
 
@@ -129,7 +129,7 @@ def test_no_tool_runs_a_crafted_checkpoint(command, source, evil, server, mini_d
             'load_from': ['train', config, *options, f'load_from={path}'],
             'convert': ['convert_checkpoint', path, tmp_path / 'out.pth'],
             'fuse': ['fuse_checkpoint', config, path, tmp_path / 'out.pth'],
-            'export': ['export_onnx', config, path, tmp_path / 'out.onnx', '--shape', 64, 64],
+            'export': ['export', config, path, tmp_path / 'out.onnx', '--shape', 64, 64],
         }[command]
     )
     assert error.startswith(f'{path} is not a readable checkpoint')

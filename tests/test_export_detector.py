@@ -19,8 +19,8 @@ from mmengine.config import Config, ConfigDict
 from mmengine.registry import DefaultScope
 from torch import Tensor, nn
 
-from mmslide.deploy.detection import (
-    ONNX_TRANSLATIONS,
+from mmslide.deploy.export import export as export_file
+from mmslide.deploy.graphs.detector import (
     Detections,
     ExportableDetector,
     align,
@@ -30,7 +30,7 @@ from mmslide.deploy.detection import (
     roi_align,
     unmatched,
 )
-from mmslide.deploy.onnx import export_onnx
+from mmslide.deploy.targets.onnx import translations
 
 CONFIGS = Path(__file__).parents[1] / 'configs'
 MINI = CONFIGS / 'mini/cascade-mask-rcnn_slide-pvt-mini_fpn_mini-coco.py'
@@ -208,7 +208,7 @@ def run(path: Path, *inputs: Tensor) -> Detections:
 @torch.no_grad()
 def export(model: nn.Module, path: Path, *inputs: Tensor) -> None:
     torch.onnx.export(
-        model, inputs, path, dynamo=True, custom_translation_table=ONNX_TRANSLATIONS, verbose=False, external_data=False
+        model, inputs, path, dynamo=True, custom_translation_table=translations(), verbose=False, external_data=False
     )
     graph = onnx.load(path)
     onnx.checker.check_model(graph)
@@ -267,14 +267,14 @@ def saved(kind: str, folder: Path) -> tuple[Path, Path]:
 def test_dynamic_is_refused(tmp_path):
     files = [str(file) for file in saved('retinanet', tmp_path)]
     with pytest.raises(ValueError, match='a whole detector is exported for one size; its backbone can be dynamic'):
-        export_onnx(*files, str(tmp_path / 'x.onnx'), 'model', SHAPE, dynamic=True)
+        export_file(*files, str(tmp_path / 'x.onnx'), 'model', SHAPE, dynamic=True)
     assert not (tmp_path / 'x.onnx').exists()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('kind', ['mask-rcnn', 'cascade', 'retinanet'])
 def test_tools_from_a_checkpoint_to_a_picture(kind, tmp_path):
-    """From file to file: run_onnx prints and draws what mmdet finds."""
+    """From file to file: run_exported prints and draws what mmdet finds."""
     config_file, checkpoint = saved(kind, tmp_path)
     exported, out = tmp_path / 'x.onnx', tmp_path / 'out.png'
     files = [tmp_path / 'same ratio.png', tmp_path / 'wider.png']
@@ -282,9 +282,9 @@ def test_tools_from_a_checkpoint_to_a_picture(kind, tmp_path):
         pixels = (60 * picture(seed)[0].permute(1, 2, 0) + 120).clip(0, 255).byte().numpy()
         cv2.imwrite(str(file), cv2.resize(pixels, size[::-1]))
 
-    text = tool('export_onnx', config_file, checkpoint, exported, '--shape', *SHAPE, '--images', *files)
-    assert len(re.findall(r'png: \d\d found .* the same by onnxruntime and PyTorch', text)) == 2
-    lines = tool('run_onnx', exported, files[0], out).splitlines()
+    text = tool('export', config_file, checkpoint, exported, '--shape', *SHAPE, '--images', *files)
+    assert len(re.findall(r'png: onnxruntime \d\d found .* the same as PyTorch', text)) == 2
+    lines = tool('run_exported', exported, files[0], out).splitlines()
     names, scores, boxes = zip(
         *(re.fullmatch(r'(.+) (0\.\d{3}) at (.+)', line).groups() for line in lines), strict=True
     )
@@ -305,7 +305,8 @@ def test_tools_from_a_checkpoint_to_a_picture(kind, tmp_path):
 
     # The best alone: inside its box, below the text, the mask is drawn and nothing else.
     assert (
-        len(tool('run_onnx', exported, files[0], out, '--score-thr', float(wanted.scores[0]) - 1e-4).splitlines()) == 1
+        len(tool('run_exported', exported, files[0], out, '--score-thr', float(wanted.scores[0]) - 1e-4).splitlines())
+        == 1
     )
     drawn = (cv2.imread(str(out)) != cv2.imread(str(files[0]))).any(-1)
     x1, y1, x2, y2 = wanted.bboxes[0].round().int().tolist()

@@ -1,0 +1,51 @@
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Exportable(nn.Module):
+    """A model as it is exported: the image (1, 3, H, W) to the outputs that are named.
+
+    Attributes:
+        output_names: of the outputs, in order.
+        any_size: whether the graph can take every size.
+        has_operators: whether it has operators that PyTorch lacks, see `mmslide.deploy.graphs.operators`.
+    """
+
+    output_names: Sequence[str] = ()
+    any_size = True
+    has_operators = False
+
+    def agreement(self, outputs: Sequence[Tensor], wanted: Sequence[Tensor], tolerance: float) -> tuple[bool, str]:
+        """Whether a runtime's outputs are PyTorch's, and how far they are apart, in words.
+
+        Args:
+            tolerance: the largest max|Δ| / max|PyTorch's| of an output.
+        """
+        shapes, expected = ([tuple(x.shape) for x in each] for each in (outputs, wanted))
+        if shapes != expected:
+            return False, f'shapes are {shapes}, of PyTorch {expected}'
+        errors = [
+            (value - reference).abs().max() / reference.abs().max().clamp(min=1e-12)
+            for value, reference in self.compared(outputs, wanted)
+        ]
+        error = float(torch.stack(errors).max())  # Python's max() passes over a NaN that is not the first
+        return error <= tolerance, f'differs from PyTorch by {error:.1e}'
+
+    def compared(self, outputs: Sequence[Tensor], wanted: Sequence[Tensor]) -> Iterable[tuple[Tensor, Tensor]]:
+        """Pairs that must agree, for outputs of the right shapes."""
+        return zip(outputs, wanted, strict=True)
+
+
+class ExportableBackbone(Exportable):
+    """The image (1, 3, H, W) to one map (1, C, H', W') a stage."""
+
+    def __init__(self, backbone: Any) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.output_names = [f'stage{index + 1}' for index in backbone.out_indices]
+
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        return self.backbone(image)

@@ -1,0 +1,27 @@
+"""File formats that a model is exported to, one file each: how it is written, and how it is run.
+
+The package needs NumPy (and OpenCV for `images`) alone; each target imports its own packages when it is used.
+"""
+
+from pathlib import Path
+
+from .base import Metadata, Runner, Target, Traced, missing_packages, require
+from .onnx import Onnx
+from .openvino import OpenVino
+from .torch_export import TorchExport
+
+TARGETS: dict[str, Target] = {target.suffix: target for target in (Onnx(), OpenVino(), TorchExport())}
+
+__all__ = ['TARGETS', 'Metadata', 'Runner', 'Target', 'Traced', 'find_target', 'missing_packages', 'require']
+
+
+def find_target(path: str | Path) -> Target:
+    """By the suffix of a file.
+
+    Raises:
+        ValueError: there is none for it.
+    """
+    suffix = Path(path).suffix
+    if suffix not in TARGETS:
+        raise ValueError(f'{path} must end in one of {", ".join(TARGETS)}')
+    return TARGETS[suffix]

@@ -1,0 +1,111 @@
+"""What the targets share.
+
+Nothing in this package imports PyTorch or mmslide at the top, so that exported files run on machines without them.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+Metadata = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Runner:
+    """An exported file, loaded.
+
+    Args:
+        run: an image (1, 3, H, W), float32, to the outputs by name.
+        metadata: what the file says of itself, see `mmslide.deploy.export.metadata`.
+    """
+
+    run: Callable[[np.ndarray], dict[str, np.ndarray]]
+    metadata: Metadata
+
+
+@dataclass(frozen=True)
+class Traced:
+    """What a target writes.
+
+    Args:
+        program: a torch.export.ExportedProgram, the image to the outputs.
+        metadata: goes into the file.
+        precision: one of the target's.
+        calibration: images (1, 3, H, W) that int8 takes its ranges from.
+    """
+
+    program: Any
+    metadata: Metadata
+    precision: str = 'fp32'
+    calibration: Sequence[np.ndarray] = ()
+
+
+class Target:
+    """A file format and its runtime.
+
+    Attributes:
+        suffix: of the file.
+        runtime: its name.
+        extra: of the package, `pip install 'mmslide[extra]'`.
+        write_packages, run_packages: modules that must be installed.
+        precisions: what can be written, the default first, each with the largest relative error of an output.
+        runtime_precisions: others that the runtime may choose by itself, likewise.
+        any_size: whether a file can take every size.
+        takes_detectors: whether NMS and RoIAlign exist there.
+        is_folder: whether the file is a folder.
+    """
+
+    suffix: ClassVar[str]
+    runtime: ClassVar[str]
+    extra: ClassVar[str]
+    write_packages: ClassVar[Sequence[str]] = ()
+    run_packages: ClassVar[Sequence[str]] = ()
+    precisions: ClassVar[Mapping[str, float]] = {'fp32': 1e-4}
+    runtime_precisions: ClassVar[Mapping[str, float]] = {}
+    any_size: ClassVar[bool] = False
+    takes_detectors: ClassVar[bool] = False
+    is_folder: ClassVar[bool] = False
+
+    def companions(self, path: Path) -> list[Path]:
+        """Files that `write` makes beside `path`."""
+        return []
+
+    def write(self, traced: Traced, path: Path) -> None:
+        raise NotImplementedError
+
+    def load(self, path: Path, threads: int | None = None, precision: str | None = None) -> Runner:
+        """
+        Args:
+            threads: of the CPU; None leaves it to the runtime.
+            precision: one of `runtime_precisions`; None for what was written.
+
+        Raises:
+            ImportError: the runtime is not installed.
+            RuntimeError: this machine cannot run the file, or it is damaged.
+        """
+        raise NotImplementedError
+
+    def why_not_run(self) -> str | None:
+        """Why this machine cannot run such a file, or None."""
+        missing = missing_packages(self.run_packages)
+        return f'{", ".join(missing)} is not installed' if missing else None
+
+    def available_precisions(self) -> Mapping[str, float]:
+        """Those of `runtime_precisions` that this machine has."""
+        return self.runtime_precisions
+
+
+def missing_packages(names: Sequence[str]) -> list[str]:
+    return [name for name in names if find_spec(name) is None]
+
+
+def require(target: Target, names: Sequence[str]) -> None:
+    """Raises ImportError, which says what to install, if a package is missing."""
+    if missing := missing_packages(names):
+        raise ImportError(
+            f"{target.suffix} needs {', '.join(missing)}, which is not installed: pip install 'mmslide[{target.extra}]'"
+        )

@@ -1,0 +1,56 @@
+"""From an image file to the input of an exported model."""
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from .base import Metadata
+
+MIN_SIDE = 32
+
+
+def read_image(file: str | Path) -> np.ndarray:
+    """(H, W, 3), BGR, uint8.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no image.
+    """
+    if not Path(file).is_file():
+        raise FileNotFoundError(f'there is no file {file}')
+    image = cv2.imread(str(file))
+    if image is None:
+        raise ValueError(f'{file} is not a readable image')
+    return image
+
+
+def prepare(image: np.ndarray, metadata: Metadata, shape: tuple[int, int] | None) -> tuple[np.ndarray, tuple[int, int]]:
+    """The input for an image (H, W, 3), BGR: (1, 3, H', W'), float32, and the (height, width) that the image fills.
+
+    By `metadata['resize']` it is made as large as fits into `shape` and padded below and right ('fit'), enlarged by
+    `resize_ratio` and cropped in the middle ('crop'), or stretched ('stretch'). Without a shape it keeps its size.
+    """
+    if shape and metadata['resize'] == 'crop':
+        image = _cropped(image, shape, metadata['resize_ratio'])
+    elif shape and metadata['resize'] == 'stretch':
+        image = cv2.resize(image, shape[::-1])
+    elif shape:
+        scale = min(side / length for side, length in zip(shape, image.shape, strict=False))
+        image = cv2.resize(image, [max(1, int(side * scale + 0.5)) for side in image.shape[1::-1]])
+    height, width = image.shape[:2]
+    divisor = metadata['pad_divisor']
+    padded = shape or [max(MIN_SIDE, -(-side // divisor) * divisor) for side in (height, width)]
+    ordered = image[..., ::-1] if metadata['bgr_to_rgb'] else image
+    out = np.full((1, 3, *padded), metadata['pad_value'], np.float32)
+    out[0, :, :height, :width] = ((ordered - np.array(metadata['mean'])) / metadata['std']).transpose(2, 0, 1)
+    return out, (height, width)
+
+
+def _cropped(image: np.ndarray, shape: tuple[int, int], ratio: float) -> np.ndarray:
+    """The middle of the image, scaled so that `ratio` times `shape` covers it."""
+    scale = max(ratio * side / length for side, length in zip(shape, image.shape, strict=False))
+    sides = [max(side, round(length * scale)) for side, length in zip(shape, image.shape, strict=False)]
+    resized = cv2.resize(image, sides[::-1])
+    top, left = ((length - side) // 2 for length, side in zip(sides, shape, strict=True))
+    return resized[top : top + shape[0], left : left + shape[1]]

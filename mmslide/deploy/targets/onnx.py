@@ -1,0 +1,97 @@
+"""ONNX, by torch.onnx, for onnxruntime; standard operators without control flow."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .base import Runner, Target, Traced, require
+
+
+class Onnx(Target):
+    suffix = '.onnx'
+    runtime = 'onnxruntime'
+    extra = 'onnx'
+    write_packages = ('onnx', 'onnxscript', 'onnxruntime')
+    run_packages = ('onnxruntime',)
+    any_size = True
+    takes_detectors = True
+
+    def write(self, traced: Traced, path: Path) -> None:
+        to_onnx(traced).save(path, external_data=False)
+
+    def load(self, path: Path, threads: int | None = None, precision: str | None = None) -> Runner:
+        require(self, self.run_packages)
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        if threads:
+            options.intra_op_num_threads = threads
+        try:
+            session = onnxruntime.InferenceSession(path, options, providers=['CPUExecutionProvider'])
+        except Exception as error:  # onnxruntime's errors have no base of their own
+            raise RuntimeError(f'onnxruntime cannot load {path}: {str(error).splitlines()[0]}') from error
+        names = [output.name for output in session.get_outputs()]
+        properties = session.get_modelmeta().custom_metadata_map
+        return Runner(
+            lambda image: dict(zip(names, session.run(None, {'image': image}), strict=True)),
+            json.loads(properties.get('mmslide', '{}')),
+        )
+
+
+def to_onnx(traced: Traced) -> Any:
+    """A torch.onnx.ONNXProgram."""
+    import torch
+
+    program = torch.onnx.export(
+        traced.program,
+        dynamo=True,
+        input_names=['image'],
+        output_names=list(traced.metadata['outputs']),
+        custom_translation_table=translations(),
+        verbose=False,
+    )
+    assert program is not None
+    program.model.metadata_props['mmslide'] = json.dumps(traced.metadata)
+    return program
+
+
+def translations() -> dict[Callable, Callable]:
+    """The operators of `mmslide.deploy.graphs.operators` as ONNX's own."""
+    import onnxscript
+    import torch
+
+    op: Any = onnxscript.opset18  # its own types do not say that it takes numbers for tensors
+
+    def nms(boxes: Any, scores: Any, iou_threshold: float, max_num: int) -> Any:
+        selected = op.NonMaxSuppression(
+            op.Unsqueeze(boxes, [0]),
+            op.Unsqueeze(scores, [0, 1]),
+            op.Constant(value_ints=[max_num]),
+            op.Constant(value_floats=[iou_threshold]),
+            op.Constant(value_floats=[-0.5]),  # between a candidate and none: runtimes differ at equality
+        )  # (M, 3), M <= max_num: image, class, box
+        found = op.Gather(selected, op.Constant(value_int=2), axis=1)
+        padded = op.Concat(found, op.Constant(value_ints=[-1] * max_num), axis=0)
+        return op.Reshape(op.Slice(padded, [0], [max_num], [0]), [max_num])  # Slice alone leaves the length unknown
+
+    def roi_align(feature: Any, boxes: Any, output_size: Any, spatial_scale: float, sampling_ratio: int) -> Any:
+        height, width = output_size
+        return op.RoiAlign(
+            feature,
+            boxes,
+            op.Constant(value_ints=[0] * boxes.shape[0]),
+            coordinate_transformation_mode='half_pixel',
+            mode='avg',
+            output_height=height,
+            output_width=width,
+            sampling_ratio=sampling_ratio,
+            spatial_scale=spatial_scale,
+        )
+
+    operators = torch.ops.mmslide
+    table: dict[Callable, Callable] = {}
+    for name, function in (('nms', nms), ('roi_align', roi_align)):
+        if hasattr(operators, name):  # not before a detector is exported
+            table[getattr(operators, name).default] = function
+    return table

@@ -1,0 +1,70 @@
+"""From a module to a graph that every target takes."""
+
+from operator import attrgetter
+from typing import Any
+
+import torch
+import torch.fx.experimental._config
+from torch import Tensor
+from torch.export import Dim, ExportedProgram
+from torch.fx import GraphModule
+from torch.fx.node import map_arg
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._sympy.value_ranges import ValueRanges
+
+from mmslide.models.attention import SlideAttention
+
+from .graphs import Exportable
+
+MIN_SIDE = 32
+# Traced for every size: large and odd, so that no map is by chance square, whole windows or inside one.
+DYNAMIC_TRACE = (2003, 2503)
+symbolic_shapes_config: Any = torch.fx.experimental._config
+
+
+def trace(module: Exportable, shape: tuple[int, int], dynamic: bool = False) -> ExportedProgram:
+    """The graph of a fused module for images (1, 3, *shape), or for every size from 32 pixels a side.
+
+    Slide Attention is plain operations in it, and whatever depends on parameters alone is a constant.
+    """
+    for child in module.modules():
+        if isinstance(child, SlideAttention):
+            child.backend = 'unrolled'
+    # From twice the least side on, since PyTorch sets apart maps with a side of 1, which is the same in the graph.
+    sides = {axis: Dim(side, min=2 * MIN_SIDE) for axis, side in ((2, 'height'), (3, 'width'))}
+    settings: dict[str, Any] = dict(
+        args=(torch.zeros(1, 3, *(DYNAMIC_TRACE if dynamic else shape)),),
+        dynamic_shapes=(sides,) if dynamic else None,
+        prefer_deferred_runtime_asserts_over_guards=dynamic,
+    )
+    # torch.onnx.export alone would make a size constant, without a word, where export asks for it. The mathematical
+    # form of attention has the memory layout that is left after its decomposition.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), symbolic_shapes_config.patch(backed_size_oblivious=True):
+        program = torch.export.export(module, **settings)
+        if dynamic:
+            for symbol, bounds in program.range_constraints.items():
+                program.range_constraints[symbol] = ValueRanges(MIN_SIDE, bounds.upper)
+            return program
+        folded = fold_constants(program.run_decompositions({}).module())
+        return torch.export.export(folded, **settings)
+
+
+def fold_constants(module: GraphModule) -> GraphModule:
+    """Replaces, in place, what a functional graph computes from parameters and constants alone."""
+    graph, values = module.graph, dict[torch.fx.Node, Any]()
+    for node in graph.nodes:
+        if node.target is torch.ops.aten._assert_tensor_metadata.default:
+            graph.erase_node(node)  # would keep what it looks at
+        elif node.op == 'get_attr':
+            values[node] = attrgetter(node.target)(module)
+        elif node.op == 'call_function' and all(x in values for x in node.all_input_nodes):
+            values[node] = node.target(*map_arg(node.args, values.get), **map_arg(node.kwargs, values.get))
+    for index, (node, value) in enumerate(values.items()):
+        if node.op == 'get_attr' or not isinstance(value, Tensor) or all(user in values for user in node.users):
+            continue
+        module.register_buffer(name := f'constant{index}', value.detach().contiguous())
+        with graph.inserting_before(node):
+            node.replace_all_uses_with(graph.get_attr(name), delete_user_cb=lambda user: user not in values)
+    graph.eliminate_dead_code()
+    module.recompile()
+    return module
