@@ -45,11 +45,36 @@ def trace(module: Exportable, shape: tuple[int, int], dynamic: bool = False) -> 
             for symbol, bounds in program.range_constraints.items():
                 program.range_constraints[symbol] = ValueRanges(MIN_SIDE, bounds.upper)
             return program
-        folded = fold_constants(program.run_decompositions({}).module())
-        return torch.export.export(folded, **settings)
+        simplified: Any = program.run_decompositions({}).module()
+        split_projections(simplified)
+        fold_constants(simplified)
+        return torch.export.export(simplified, **settings)
 
 
-def fold_constants(module: GraphModule) -> GraphModule:
+def split_projections(module: GraphModule) -> None:
+    """Computes the parts of a linear layer's result one by one, in place, since runtimes copy what they split."""
+    aten, graph = torch.ops.aten, module.graph
+    for node in graph.find_nodes(op='call_function', target=aten.split.Tensor):
+        source, size, dim = (*node.args, 0)[:3]
+        if (
+            source.target is not aten.linear.default
+            or len(source.users) > 1
+            or dim not in (-1, source.meta['val'].ndim - 1)
+        ):
+            continue
+        x, *parameters = source.args
+        for part in list(node.users):
+            start = part.args[1] * size
+            with graph.inserting_before(part):
+                sliced = [
+                    parameter and graph.call_function(aten.slice.Tensor, (parameter, 0, start, start + size))
+                    for parameter in parameters
+                ]
+                part.replace_all_uses_with(graph.call_function(aten.linear.default, (x, *sliced)))
+    graph.eliminate_dead_code()
+
+
+def fold_constants(module: GraphModule) -> None:
     """Replaces, in place, what a functional graph computes from parameters and constants alone."""
     graph, values = module.graph, dict[torch.fx.Node, Any]()
     for node in graph.nodes:
@@ -67,4 +92,3 @@ def fold_constants(module: GraphModule) -> GraphModule:
             node.replace_all_uses_with(graph.get_attr(name), delete_user_cb=lambda user: user not in values)
     graph.eliminate_dead_code()
     module.recompile()
-    return module

@@ -1,15 +1,23 @@
-"""Slide Attention tap by tap over whole maps, in plain tensor operations: the form that inference engines run fastest.
+"""Slide Attention tap by tap in plain tensor operations: the form that inference engines run fastest.
 
-The arithmetic is that of `tapwise`; without its blocks and its backward, what remains is a graph of a few nodes a tap.
-Moving a map by a tap costs as much as multiplying it, so a tap's rows and columns are moved apart, each once: keys and
-values by rows; queries by columns to meet the keys, and what they gave, which is smaller, back again.
+The arithmetic is that of `tapwise`; without its backward, what remains is a graph of a few nodes a tap. Moving a map by
+a tap costs as much as multiplying it, so a tap's rows and columns are moved apart, each once: keys and values by rows;
+queries by columns to meet the keys, and what they gave, which is smaller, back again.
+
+A map of a known size is worked off in strips of rows, one after another in the graph, so that the products of a tap
+stay in the processor's cache.
 """
 
+from collections.abc import Sequence
 from functools import reduce
 from operator import add
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+# Of a strip's queries: see docs/performance.md.
+STRIP_BYTES = 5 << 19
 
 
 def unrolled(
@@ -23,32 +31,56 @@ def unrolled(
     dropout_mask: Tensor | None = None,
 ) -> Tensor:
     """See `mmslide.ops.slide_attention` for shapes. No copy is larger than q, but autograd keeps 6·k²."""
+    height, kernel_size = q.shape[1], weight.shape[-1]
+    reach = kernel_size // 2
+    k, v = (F.pad(x, (0, 0, 0, 0, 0, 0, reach, reach)) for x in (k, v))
+    outs = []
+    for top, rows in _strips(q):
+        keys, values = ([x.narrow(1, top + row, rows) for row in range(kernel_size)] for x in (k, v))
+        mask = None if dropout_mask is None else dropout_mask.narrow(1, top, rows)
+        queries = q if rows is height else q.narrow(1, top, rows)
+        outs.append(_attend(queries, keys, values, weight, bias, rpb, scale, mask))
+    return torch.cat(outs, 1) if len(outs) > 1 else outs[0]
+
+
+def _strips(q: Tensor) -> list[tuple[int, int]]:
+    """First row and number of rows of each strip; one strip if a size is known at run time only."""
+    height = q.shape[1]
+    if any(isinstance(side, torch.SymInt) for side in q.shape):
+        return [(0, height)]
+    rows = max(1, STRIP_BYTES // max(1, q[:, :1].nbytes))
+    return [(top, min(rows, height - top)) for top in range(0, height, rows)]
+
+
+def _attend(
+    q: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor,
+    rpb: Tensor,
+    scale: float,
+    dropout_mask: Tensor | None,
+) -> Tensor:
+    """Of one strip; keys and values are moved by each row of the kernel."""
     kernel_size = weight.shape[-1]
     kernels = [row.unbind(-1) for row in weight.unbind(-2)]  # (d, k²) for each row and column of a tap
-    offsets = range(-(kernel_size // 2), kernel_size // 2 + 1)
-    keys, values = ([moved(x, 1, offset) for offset in offsets] for x in (k, v))
-
-    logits = q @ bias + q.sum(-1, keepdim=True) * rpb  # (B, H, W, heads, k²)
-    for column, offset in enumerate(offsets):
-        queries = moved(q, 2, -offset)
+    logits = q @ bias + q.sum(-1, keepdim=True) * rpb  # (B, rows, W, heads, k²)
+    for column, queries in enumerate(reversed(moved(q, kernel_size))):
         parts = ((queries * key) @ row[column] for key, row in zip(keys, kernels, strict=True))
-        logits = logits + moved(reduce(add, parts), 2, offset)
+        logits = logits + moved(reduce(add, parts), kernel_size)[column]
     attention = (scale * logits).softmax(dim=-1)
     if dropout_mask is not None:
         attention = attention * dropout_mask
     out = attention @ bias.t()
-    for column, offset in enumerate(offsets):
-        weights = moved(attention, 2, -offset)
+    for column, weights in enumerate(reversed(moved(attention, kernel_size))):
         parts = ((weights @ row[column].t()) * value for value, row in zip(values, kernels, strict=True))
-        out = out + moved(reduce(add, parts), 2, offset)
+        out = out + moved(reduce(add, parts), kernel_size)[column]
     return out
 
 
-def moved(x: Tensor, axis: int, offset: int) -> Tensor:
-    """x(p + offset) along an axis of (B, H, W, heads, n), zeros from outside."""
-    if not offset:
-        return x
-    side = x.shape[axis]
-    pads = [0] * 2 * (x.ndim - axis)
-    pads[-1 if offset > 0 else -2] = abs(offset)
-    return F.pad(x, pads).narrow(axis, max(0, offset), side)
+def moved(x: Tensor, kernel_size: int) -> list[Tensor]:
+    """x(p + offset) for each offset along the columns of (B, H, W, heads, n), zeros from outside."""
+    reach, width = kernel_size // 2, x.shape[2]
+    padded = F.pad(x, (0, 0, 0, 0, reach, reach))
+    return [x if column == reach else padded.narrow(2, column, width) for column in range(kernel_size)]
