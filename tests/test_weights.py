@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import golden_state, randomize, relative_error
+from mmengine.model import PretrainedInit
 from mmengine.runner.checkpoint import CheckpointLoader
 from test_backbones import SMALL, SMALL_PVT, small
 from test_pvtv2 import LINEAR
@@ -80,6 +81,18 @@ def test_pretrained_inside_a_list_of_init_cfgs(save):
         dict(type='Constant', layer='LayerNorm', val=7.0),
     ]
     model = small(SlideSwin, init_cfg=init_cfg)
+    model.init_weights()
+    assert_same(model, source)
+
+
+@pytest.mark.parametrize('kind', [PretrainedInit, 'mmengine.Pretrained', 'mmengine.model.weight_init.PretrainedInit'])
+def test_pretrained_by_every_name_of_mmengines_class(kind, save):
+    """Python configs have the class itself, and their dumps its path; mmengine's own loader knows no layouts."""
+    row = dict(embed_dims=8, depths=(1, 1), num_heads=(2, 2), mlp_ratios=2, split_sizes=(3, 3))
+    source = SlideCSWin(row, slide_stages=(), out_indices=(0, 1))
+    checkpoint = save(from_mmslide(randomize(source).state_dict(), 'authors'))
+    init_cfg = dict(type=kind, checkpoint=checkpoint)
+    model = SlideCSWin(row, slide_stages=(), out_indices=(0, 1), init_cfg=init_cfg)
     model.init_weights()
     assert_same(model, source)
 

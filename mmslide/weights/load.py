@@ -8,11 +8,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from mmengine.logging import MMLogger
+from mmengine.model import PretrainedInit
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
 from mmslide.checkpoints import StateDict, read_state_dict
+from mmslide.registry import WEIGHT_INITIALIZERS
 
 from .layouts import fuse_slide_attention, to_mmslide
 
@@ -21,6 +23,12 @@ from .layouts import fuse_slide_attention, to_mmslide
 OPTIONAL = re.compile(
     r'\.(shift_bias|deform_weight|deform_bias|fused_weight|fused_bias|relative_position_bias)$|^stages\.\d+\.norm\.'
 )
+
+
+def is_pretrained(init_cfg: Mapping[str, Any]) -> bool:
+    """Whether it names mmengine's initializer from a checkpoint, which is a class in a Python config."""
+    kind = init_cfg.get('type')
+    return (WEIGHT_INITIALIZERS.get(kind) if isinstance(kind, str) else kind) is PretrainedInit
 
 
 def load_pretrained(
