@@ -24,6 +24,7 @@ from mmslide.data import data_prefixes, dicts, move_data, named_dicts, unwrapped
 from mmslide.files import find_config, refuse_inputs
 from mmslide.messages import INPUT_ERRORS, exit_on, listed, message
 from mmslide.stack import check_scope
+from mmslide.weights import is_pretrained
 
 # Of a config, beside the arguments of mmengine's Runner: what it looks up later, and what tools look up.
 RUNNER_KEYS = (
@@ -231,7 +232,7 @@ def check_pretrained(config: Config) -> None:
         ValueError: it is damaged, or holds more than weights; nothing of `load_from` fits the model.
     """
     for path, node in named_dicts(config.model, 'model'):
-        if node.get('type') in ('Pretrained', 'PretrainedInit') and node.get('checkpoint'):
+        if node.get('checkpoint') and is_pretrained(node):
             init_cfg = re.sub(r'\.\d+$', '', path)
             try:
                 read_checkpoint(node['checkpoint'])

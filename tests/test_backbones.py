@@ -159,3 +159,15 @@ def test_position_embeddings_of_the_maps_size_are_taken_as_they_are():
     embed = model.stages[0].embed
     image = torch.randn(1, 64, 96, 3)
     assert torch.equal(embed(image), embed.embed(image) + embed.position_embedding)
+
+
+@pytest.mark.parametrize('slide_stages', [(), (0, 1)])
+def test_weights_load_into_a_model_from_the_meta_device(slide_stages):
+    """What is in no state dict has to be there too."""
+    model = randomize(small(SlideSwin, slide_stages=slide_stages))
+    with torch.device('meta'):
+        empty = small(SlideSwin, slide_stages=slide_stages)
+    empty.to_empty(device='cpu').load_state_dict(model.state_dict())
+    image = torch.randn(1, 3, 64, 64)
+    for out, wanted in zip(empty.eval()(image), model.eval()(image), strict=True):
+        assert torch.equal(out, wanted)

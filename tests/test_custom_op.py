@@ -212,6 +212,22 @@ def test_second_backward_is_refused(backend, attention, args):
         grad.sum().backward()
 
 
+def test_forward_mode_derivatives_are_refused(backend, attention, args):
+    q, *others = (x.detach() for x in args)
+    with pytest.raises(ValueError, match=f"'{backend}' has no forward-mode derivatives; take 'conv'"):
+        torch.func.jvp(lambda q: attention(q, *others), (q,), (q,))
+
+
+def test_the_default_has_forward_mode_derivatives():
+    args = tuple(x.detach() for x in arguments(2, 4, 5, 2, 8, 3))
+    tangents = tuple(torch.randn_like(x) for x in args)
+    found = torch.func.jvp(slide_attention, args, tangents)
+    doubles, directions = (tuple(x.double() for x in xs) for xs in (args, tangents))
+    wanted = torch.func.jvp(partial(reference, scale=8**-0.5), doubles, directions)
+    for value, other in zip(found, wanted, strict=True):
+        assert relative_error(value, other) < 1e-5
+
+
 @pytest.mark.parametrize(
     ('shape', 'dtype', 'device', 'message'),
     [

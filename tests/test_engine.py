@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers import tool_error
 from mmengine.config import Config
+from mmengine.model import PretrainedInit
 
 from mmslide import engine
 from mmslide.build import build_model
@@ -324,9 +325,10 @@ def test_resume_from_what_is_no_checkpoint_of_a_training(missing, save, tmp_path
 
 
 @pytest.mark.parametrize('checkpoint', ['http://127.0.0.1:9/pvt.pth', '/nowhere/pvt.pth'])
-def test_pretrained_weights_that_cannot_be_had(checkpoint, tmp_path, monkeypatch):
+@pytest.mark.parametrize('kind', ['Pretrained', PretrainedInit])
+def test_pretrained_weights_that_cannot_be_had(checkpoint, kind, tmp_path, monkeypatch):
     monkeypatch.setenv('TORCH_HOME', str(tmp_path))
-    pretrained = dict(type='Pretrained', checkpoint=checkpoint)
+    pretrained = dict(type=kind, checkpoint=checkpoint)
     for init_cfg, key in ((pretrained, 'init_cfg.checkpoint'), ([pretrained], r'init_cfg\.0\.checkpoint')):
         config = Config(dict(model=dict(backbone=dict(init_cfg=init_cfg))))
         message = rf'{re.escape(checkpoint)}.*--cfg-options model.backbone.{key}=FILE.*model.backbone.init_cfg=None'

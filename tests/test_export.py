@@ -264,6 +264,11 @@ def test_the_graph_is_fused_and_small():
         assert parameters <= sum(sizes.values()) <= parameters + fused + 100
 
 
+def test_outputs_are_named_in_the_order_they_come():
+    arch = dict(embed_dims=16, depths=(1, 1, 1), num_heads=1, mlp_ratios=2)
+    assert ExportableBackbone(SlideSwin(arch, out_indices=(2, 0))).output_names == ['stage1', 'stage3']
+
+
 @pytest.mark.parametrize('output_size', [1, 2, 3, 6, (3, 5)])
 @pytest.mark.parametrize('size', [(1, 1), (2, 7), (16, 20), (13, 31)])
 def test_averaging_matrices_equal_adaptive_pooling(output_size, size):

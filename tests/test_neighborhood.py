@@ -1,4 +1,5 @@
 import contextlib
+from functools import partial
 from unittest import mock
 
 import pytest
@@ -251,6 +252,17 @@ def test_it_can_be_differentiated_once_only():
     (grad,) = torch.autograd.grad(out.square().sum(), args[:1], create_graph=True)
     with pytest.raises(ValueError, match='can be differentiated once only'):
         grad.sum().backward()
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+def test_forward_mode_derivatives(dtype):
+    args = [x.detach() for x in arguments(2, 9, 11, 2, 8, 7, dtype)]
+    tangents = tuple(torch.randn_like(x) for x in args)
+    found = torch.func.jvp(neighborhood_attention, tuple(args), tangents)
+    doubles, directions = ([x.double() for x in xs] for xs in (args, tangents))
+    reference = torch.func.jvp(partial(neighborhood_reference, scale=8**-0.5), tuple(doubles), tuple(directions))
+    for value, other in zip(found, reference, strict=True):
+        assert relative_error(value, other) < (1e-5 if dtype == torch.float32 else 1e-12)
 
 
 def test_checkpointed():

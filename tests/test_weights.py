@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import golden_state, randomize, relative_error
+from mmengine.model import PretrainedInit
 from mmengine.runner.checkpoint import CheckpointLoader
 from test_backbones import SMALL, SMALL_PVT, small
 from test_pvtv2 import LINEAR
@@ -80,6 +81,18 @@ def test_pretrained_inside_a_list_of_init_cfgs(save):
         dict(type='Constant', layer='LayerNorm', val=7.0),
     ]
     model = small(SlideSwin, init_cfg=init_cfg)
+    model.init_weights()
+    assert_same(model, source)
+
+
+@pytest.mark.parametrize('kind', [PretrainedInit, 'mmengine.Pretrained', 'mmengine.model.weight_init.PretrainedInit'])
+def test_pretrained_by_every_name_of_mmengines_class(kind, save):
+    """Python configs have the class itself, and their dumps its path; mmengine's own loader knows no layouts."""
+    row = dict(embed_dims=8, depths=(1, 1), num_heads=(2, 2), mlp_ratios=2, split_sizes=(3, 3))
+    source = SlideCSWin(row, slide_stages=(), out_indices=(0, 1))
+    checkpoint = save(from_mmslide(randomize(source).state_dict(), 'authors'))
+    init_cfg = dict(type=kind, checkpoint=checkpoint)
+    model = SlideCSWin(row, slide_stages=(), out_indices=(0, 1), init_cfg=init_cfg)
     model.init_weights()
     assert_same(model, source)
 
@@ -273,6 +286,14 @@ def test_another_host_is_refused_without_the_last_stages_too(save):
         load_pretrained(small(SlidePVT, out_indices=(0,), slide_stages=()), checkpoint)
 
 
+def test_pvtv2_is_refused_by_cswin_whose_layers_have_the_same_shapes(save):
+    row = dict(embed_dims=16, depths=(1, 1), num_heads=2, mlp_ratios=2)
+    source = SlidePVTv2(dict(row, sr_ratios=(2, 1)), slide_stages=(), out_indices=(0, 1))
+    model = SlideCSWin(dict(row, split_sizes=(1, 7)), slide_stages=(0, 1), out_indices=(0, 1))
+    with pytest.raises(ValueError, match=r'does not fit this SlideCSWin: it has .*ffn\.layers\.0\.2\.bias'):
+        load_pretrained(model, save(source.state_dict()))
+
+
 @pytest.mark.parametrize('cls', [SlidePVT, SlideSwin])
 def test_warm_start_from_a_host_is_plain_local_attention_with_its_weights(cls, save, log):
     host = randomize(small(cls, slide_stages=()))
@@ -312,6 +333,16 @@ def test_missing_keys_are_named_as_a_warning(save, log):
     del state['stages.2.blocks.1.norm1.weight']
     load_pretrained(small(SlideSwin), save(state))
     assert 'stages.*.blocks.*.norm1.weight' in log.text
+    assert any(record.levelno == logging.WARNING for record in log.records)
+
+
+def test_blocks_that_the_model_lacks_are_named_as_a_warning(save, log):
+    source = small(SlideSwin)
+    state = source.state_dict()
+    last = 'stages.2.blocks.1.'
+    state |= {key.replace(last, 'stages.2.blocks.2.'): value for key, value in state.items() if key.startswith(last)}
+    load_pretrained(small(SlideSwin), save(state))
+    assert 'unexpected, not used' in log.text
     assert any(record.levelno == logging.WARNING for record in log.records)
 
 
@@ -537,8 +568,8 @@ def test_round_trip_from_mmseg(cls, qkv_bias):
 @pytest.mark.parametrize(
     ('source', 'message'),
     [
-        (lambda: small(SlidePVT), r"the layout '{}' exists for .*Twins.*, and these weights"),
-        (lambda: small(SlideSwin), r"the layout '{}' exists for .*Twins.*, and these weights"),
+        (lambda: small(SlidePVT, slide_stages=()), r"the layout '{}' exists for .*Twins.*, and these weights"),
+        (lambda: small(SlideSwin, slide_stages=()), r"the layout '{}' exists for .*Twins.*, and these weights"),
         (
             lambda: small_twins(TwinsSVT, slide_stages=(1,)),
             r"layout '{}' has no place for Slide Attention.*stages\.1\.blocks\.0\.attn\.deform_weight",
@@ -551,9 +582,10 @@ def test_what_a_layout_cannot_hold_is_refused(source, message, layout):
         from_mmslide(source().state_dict(), layout)
 
 
-def test_slide_attention_has_no_place_in_the_layout_of_cswin():
+@pytest.mark.parametrize('slide_stages', [(0,), (0, 1)])
+def test_slide_attention_has_no_place_in_the_layout_of_cswin(slide_stages):
     row = dict(embed_dims=8, depths=(1, 1), num_heads=2, mlp_ratios=2, split_sizes=3)
-    state = SlideCSWin(row, slide_stages=(0,), out_indices=(0, 1)).state_dict()
+    state = SlideCSWin(row, slide_stages=slide_stages, out_indices=(0, 1)).state_dict()
     with pytest.raises(ValueError, match=r"'authors' has no place for Slide Attention.*stages\.0\..*deform_weight"):
         from_mmslide(state, 'authors')
 
@@ -717,6 +749,16 @@ def test_convert_keeps_what_is_around_the_backbone(convert, save, tmp_path):
     assert all(torch.equal(value, back[key]) for key, value in state.items())
 
 
+def test_convert_writes_tied_weights_as_safetensors(convert, save, tmp_path):
+    pytest.importorskip('safetensors')
+    tied = torch.randn(4, 4)
+    head = {'bbox_head.0.weight': tied, 'bbox_head.1.weight': tied, 'bbox_head.2.weight': tied[:2]}
+    backbone = {f'backbone.{key}': value for key, value in small_twins(TwinsSVT).state_dict().items()}
+    convert(save({**backbone, **head}), tmp_path / 'ours.safetensors')
+    state = read_state_dict(tmp_path / 'ours.safetensors')
+    assert all(torch.equal(state[key], value) for key, value in head.items())
+
+
 @pytest.mark.parametrize('failure', ['foreign', 'truncated', 'missing', 'layout', 'folder', 'disk', 'itself'])
 def test_convert_fails_with_one_error_and_leaves_nothing(failure, convert, save, tmp_path, monkeypatch, capsys):
     checkpoint, out, layout = save(small_twins(TwinsSVT).state_dict()), tmp_path / 'out.pth', 'mmseg'
@@ -731,7 +773,7 @@ def test_convert_fails_with_one_error_and_leaves_nothing(failure, convert, save,
         Path(checkpoint).unlink()
         message = r'checkpoint\.pth does not exist'
     elif failure == 'layout':
-        save(small(SlidePVT).state_dict())
+        save(small(SlidePVT, slide_stages=()).state_dict())
         message = 'exists for .*Twins.*, and these weights'
     elif failure == 'folder':
         out, message = tmp_path / 'none' / 'out.pth', 'the folder of .*none/out.pth does not exist'

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mmslide.ops import check_backend
-from mmslide.weights import load_pretrained
+from mmslide.weights import is_pretrained, load_pretrained
 
 from .arguments import check_integer, check_rate, check_stages, per_stage, pick_arch
 from .attention import SlideAttention
@@ -238,7 +238,7 @@ class Pyramid(BaseModule):
 
     def init_weights(self) -> None:
         configs: list[Any] = self.init_cfg if isinstance(self.init_cfg, list) else [self.init_cfg]
-        pretrained = [x for x in configs if x['type'] in ('Pretrained', 'PretrainedInit')]
+        pretrained = [x for x in configs if is_pretrained(x)]
         self.init_cfg = [x for x in configs if x not in pretrained]
         super().init_weights()
         self.init_cfg = configs

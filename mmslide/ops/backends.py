@@ -9,6 +9,7 @@ from importlib.util import find_spec
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import native
 from .conv import conv
@@ -76,12 +77,15 @@ def check_backend(name: str, value: str | None) -> None:
 
 
 def choose_backend(q: Tensor, weight: Tensor) -> str:
-    """What `backend=None` takes: 'conv' on the meta device, 'native' on a CPU where it can, 'tapwise' everywhere else.
+    """What `backend=None` takes.
+
+    'conv' on the meta device and for forward-mode derivatives, 'native' on a CPU where it can, 'tapwise' everywhere
+    else.
 
     'triton' has to be asked for: its kernels agree with the reference in Triton's interpreter and compile for GPUs, but
     have not run on a GPU yet.
     """
-    if q.is_meta:
+    if q.is_meta or forward_ad._current_level >= 0:
         return 'conv'
     reason = native.refusal(q, weight)
     if reason and reason == native.why_none and not torch.compiler.is_compiling():

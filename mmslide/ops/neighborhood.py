@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from . import native, tiles
@@ -19,7 +20,7 @@ def neighborhood_attention(
 
     On an axis of length n, query i attends to the k positions from min(max(i - ⌊k/2⌋, 0), n - k) on: at the border the
     window is moved inside. Float32 on a CPU takes compiled kernels where they are, everything else is done in tiles; in
-    neither are windows gathered. Export gives operations of PyTorch's alone.
+    neither are windows gathered. Export and forward-mode differentiation get operations of PyTorch's alone.
 
     Args:
         q, k, v: (B, H, W, heads, d), one floating-point dtype, H and W at least k.
@@ -36,7 +37,7 @@ def neighborhood_attention(
     _check(q, k, v, rpb, dropout_p)
     if scale is None:
         scale = q.shape[-1] ** -0.5
-    if torch.compiler.is_exporting():
+    if torch.compiler.is_exporting() or forward_ad._current_level >= 0:  # the operator would lose tangents silently
         return tiles.whole_map(q, k, v, rpb, scale, dropout_p)
     reason = native.neighborhood_refusal(q, rpb)
     if reason and reason == native.why_none and not torch.compiler.is_compiling():

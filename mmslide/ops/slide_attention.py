@@ -1,5 +1,6 @@
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .autocast import without_autocast
 from .backends import BACKENDS, check_backend, choose_backend
@@ -54,6 +55,10 @@ def slide_attention(
     chosen = BACKENDS[backend]
     if reason := chosen.refusal(q, weight):
         raise ValueError(f"backend '{backend}' {reason}; take 'tapwise', or None for the best that can do it")
+    if chosen.widens and forward_ad._current_level >= 0:  # a custom operator would lose tangents silently
+        raise ValueError(
+            f"backend '{backend}' has no forward-mode derivatives; take 'conv', or None for the best that has"
+        )
     if not q.numel():
         chosen = BACKENDS['reference']  # convolutions and kernels do not take empty maps
     if scale is None:

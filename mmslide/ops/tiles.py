@@ -71,7 +71,7 @@ def backward(
 
 
 def whole_map(q: Tensor, k: Tensor, v: Tensor, rpb: Tensor, scale: float, dropout_p: float) -> Tensor:
-    """All tiles at once, in operations whose sizes may be known at run time only: for export."""
+    """All tiles at once, in operations whose sizes may be known at run time only: for export and forward mode."""
     height, width = q.shape[1:3]
     kernel_size = rpb.shape[-1] // 2 + 1
 

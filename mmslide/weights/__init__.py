@@ -1,6 +1,6 @@
 from mmslide.checkpoints import read_state_dict
 
 from .convert import convert_checkpoint
-from .load import load_pretrained
+from .load import is_pretrained, load_pretrained
 
-__all__ = ['convert_checkpoint', 'load_pretrained', 'read_state_dict']
+__all__ = ['convert_checkpoint', 'is_pretrained', 'load_pretrained', 'read_state_dict']

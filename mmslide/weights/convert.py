@@ -1,5 +1,6 @@
 from pathlib import Path
 
+import torch
 from rich.table import Table
 
 from mmslide.checkpoints import check_finite, import_safetensors, is_safetensors, read_state_dict, save_checkpoint
@@ -38,8 +39,9 @@ def convert_checkpoint(checkpoint: str | Path, out: str | Path, layout: str) -> 
         converted = {prefix + key: value for key, value in from_mmslide(ours, layout).items()}
         state = {key: value for key, value in source.items() if not key.startswith(prefix)} | converted
         if is_safetensors(out):
-            contiguous = {key: value.contiguous() for key, value in state.items()}  # it refuses others
-            path.write_bytes(import_safetensors().torch.save(contiguous))
+            # It refuses views and tensors that share memory, as those of a head's tied layers do.
+            apart = {key: value.clone(memory_format=torch.contiguous_format) for key, value in state.items()}
+            path.write_bytes(import_safetensors().torch.save(apart))
         else:
             save_checkpoint(state, path)
     return key_table(

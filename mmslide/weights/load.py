@@ -8,11 +8,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from mmengine.logging import MMLogger
+from mmengine.model import PretrainedInit
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
 from mmslide.checkpoints import StateDict, read_state_dict
+from mmslide.registry import WEIGHT_INITIALIZERS
 
 from .layouts import fuse_slide_attention, to_mmslide
 
@@ -21,6 +23,12 @@ from .layouts import fuse_slide_attention, to_mmslide
 OPTIONAL = re.compile(
     r'\.(shift_bias|deform_weight|deform_bias|fused_weight|fused_bias|relative_position_bias)$|^stages\.\d+\.norm\.'
 )
+
+
+def is_pretrained(init_cfg: Mapping[str, Any]) -> bool:
+    """Whether it names mmengine's initializer from a checkpoint, which is a class in a Python config."""
+    kind = init_cfg.get('type')
+    return (WEIGHT_INITIALIZERS.get(kind) if isinstance(kind, str) else kind) is PretrainedInit
 
 
 def load_pretrained(
@@ -83,7 +91,9 @@ def load_pretrained(
     text = io.StringIO()
     Console(file=text, width=140).print(table)
     logger = MMLogger.get_current_instance()
-    log = logger.warning if absent else logger.info
+    blocks = {_block(key) for key in target}
+    deeper = any('.blocks.' in key and _stage(key) in built and _block(key) not in blocks for key in unexpected)
+    log = logger.warning if absent or deeper else logger.info
     log('pretrained weights of %s, %s layout\n%s', checkpoint, layout, text.getvalue())
 
 
@@ -108,6 +118,10 @@ def _stage(key: str) -> str:
     return '.'.join(key.split('.')[:2])
 
 
+def _block(key: str) -> str:
+    return '.'.join(key.split('.')[:4])
+
+
 def _place_last_norm(state: StateDict, target: StateDict) -> StateDict:
     """A classifier's norm after the last stage, `norm` in most layouts, for a model that has such a norm alone.
 
@@ -126,9 +140,9 @@ def _place_last_norm(state: StateDict, target: StateDict) -> StateDict:
 
 
 def _host_kinds(keys: Iterable[str]) -> set[str]:
-    """What tells one host's keys from another's: all but the token mixers, numbers aside."""
+    """What tells one host's keys from another's: all but the token mixers, numbers of stages and blocks aside."""
     return {
-        re.sub(r'\d+', '*', key)
+        re.sub(r'(?<=^stages\.)\d+|(?<=\.blocks\.)\d+', '*', key)
         for key in keys
         if key.startswith('stages.') and '.attn.' not in key and not OPTIONAL.search(key)
     }

@@ -45,7 +45,7 @@ class ExportableBackbone(Exportable):
     def __init__(self, backbone: Any) -> None:
         super().__init__()
         self.backbone = backbone
-        self.output_names = [f'stage{index + 1}' for index in backbone.out_indices]
+        self.output_names = [f'stage{index + 1}' for index in sorted(backbone.out_indices)]
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         return self.backbone(image)

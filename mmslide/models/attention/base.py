@@ -1,4 +1,8 @@
+from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
+from typing import Self
+
+from torch import Tensor
 
 from mmslide.models.arguments import check_heads, check_rate
 from mmslide.models.base import BaseModule, InitCfg
@@ -33,3 +37,20 @@ class Attention(BaseModule):
         check_heads(self.embed_dims, self.num_heads)
         check_rate('attn_drop_rate', self.attn_drop_rate)
         check_rate('proj_drop_rate', self.proj_drop_rate)
+
+    def constants(self) -> dict[str, Tensor]:
+        """Buffers that are in no state dict."""
+        return {}
+
+    def _register_constants(self) -> None:
+        for name, value in self.constants().items():
+            self.register_buffer(name, value, persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Off the meta device the constants are computed again, since nothing would load them."""
+        on_meta = [name for name, value in self.named_buffers(recurse=False) if value.is_meta]
+        super()._apply(fn, recurse)
+        for name in on_meta:
+            if not getattr(self, name).is_meta:
+                setattr(self, name, self.constants()[name].to(getattr(self, name)))
+        return self

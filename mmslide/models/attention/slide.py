@@ -1,6 +1,6 @@
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -48,11 +48,14 @@ class SlideAttention(Attention):
         self.proj_drop = nn.Dropout(self.proj_drop_rate)
         # A buffer, and not in a Conv2d, so that no init_cfg and no checkpoint can overwrite it: slot j picks tap j.
         self.shift: Tensor
-        self.register_buffer('shift', fixed_shift(kernel_size), persistent=False)
+        self._register_constants()
         self.shift_bias = nn.Parameter(torch.zeros(head_dims, slots))
         self.deform_weight = nn.Parameter(torch.zeros(head_dims, slots, kernel_size, kernel_size))
         self.deform_bias = nn.Parameter(torch.zeros(head_dims, slots))
         self.relative_position_bias = nn.Parameter(torch.zeros(self.num_heads, slots))
+
+    def constants(self) -> dict[str, Tensor]:
+        return {'shift': fixed_shift(self.kernel_size)}
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (y.unflatten(-1, (self.num_heads, -1)) for y in self._project(x))
@@ -90,7 +93,7 @@ class SlideAttention(Attention):
         self.attn_drop_rate = 0.0
         self.deploy = True
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> 'SlideAttention':
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """A change of dtype, but the merged kernels never get narrower than float32: see `merge_paths`."""
         kept = {name: getattr(self, name).data for name in ('fused_weight', 'fused_bias') if self.deploy}
         super()._apply(fn, recurse)

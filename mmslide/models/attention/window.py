@@ -87,11 +87,14 @@ class WindowAttention(WindowAttentionBase):
             raise ValueError(f'shift_size must be in [0, window_size), got {shift_size=}, {window_size=}')
         self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * window_size - 1) ** 2, self.num_heads))
         trunc_normal_(self.relative_position_bias_table, std=0.02)
-        offset = torch.arange(window_size)
-        distance = offset[:, None] - offset[None, :] + window_size - 1  # query minus key, from 0
-        index = distance[:, None, :, None] * (2 * window_size - 1) + distance[None, :, None, :]
         self.relative_position_index: Tensor  # (query y, query x, key y, key x)
-        self.register_buffer('relative_position_index', index, persistent=False)
+        self._register_constants()
+
+    def constants(self) -> dict[str, Tensor]:
+        offset = torch.arange(self.window_size)
+        distance = offset[:, None] - offset[None, :] + self.window_size - 1  # query minus key, from 0
+        index = distance[:, None, :, None] * (2 * self.window_size - 1) + distance[None, :, None, :]
+        return {'relative_position_index': index}
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[1:3]

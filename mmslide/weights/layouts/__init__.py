@@ -50,6 +50,9 @@ def from_mmslide(state: StateDict, target: str) -> StateDict:
         raise ValueError(f'weights can be turned into the layouts {TARGETS}, got {target!r}')
     if target == 'mmslide':
         return dict(state)
+    slides = [key for key in state if key.endswith(('.attn.deform_weight', '.attn.fused_weight'))]
+    if slides:
+        raise ValueError(f'the layout {target!r} has no place for Slide Attention, but there is {slides[0]}')
     known = [
         (family, layout.from_mmslide)
         for family in FAMILIES
@@ -60,9 +63,6 @@ def from_mmslide(state: StateDict, target: str) -> StateDict:
     if convert is None:
         names = ', '.join(family.name for family, _ in known)
         raise ValueError(f'the layout {target!r} exists for {names}, and these weights are of another backbone')
-    slides = [key for key in state if key.endswith(('.attn.deform_weight', '.attn.fused_weight'))]
-    if slides:
-        raise ValueError(f'the layout {target!r} has no place for Slide Attention, but there is {slides[0]}')
     return convert(state)
 
 
