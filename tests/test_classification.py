@@ -26,6 +26,7 @@ pytest.importorskip('mmpretrain', reason="needs pip install 'mmslide[classificat
 
 MINI = ROOT / 'configs/mini/slide-pvt-mini_mini-imagenet-64x64.py'
 CLASSES = ('disk', 'rectangle', 'triangle')
+LOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
 every_config = pytest.mark.parametrize('path', IN1K, ids=lambda path: path.stem)
 
 
@@ -205,8 +206,7 @@ def problems(data_root, **changes) -> list[str]:
     config = copy.deepcopy(load(MINI))
     config.merge_from_dict(changes)
     engine.move_data(config, str(data_root))
-    loaders = ('train_dataloader', 'val_dataloader', 'test_dataloader')
-    checks = check_datasets(config, *loaders, everything=True)
+    checks = check_datasets(config, *LOADERS, everything=True)
     assert len(checks) == 2
     return [str(problem) for check in checks for problem in check.problems]
 
@@ -250,12 +250,48 @@ def test_data_that_does_not(fault, message, tmp_path):
     assert re.search(message, '\n'.join(problems(tmp_path, **changes)))
 
 
+@pytest.mark.parametrize(
+    ('text', 'message'),
+    [
+        ('disk.png 0\nrectangle.png 1\n', None),
+        ('disk.png 0\ngone.png 1\n', r'val/gone\.png does not exist, 1 of 2 images of val_dataloader: .*meta/val\.txt'),
+        ('disk.png 0\nrectangle.png 3\n', r'rectangle\.png has the label 3; labels of 3 classes are 0 to 2'),
+        ('disk.png 0\nrectangle.png disk\n', r"meta/val\.txt must have .* but line 2 is 'rectangle\.png disk'"),
+        ('disk.png 0\n\n', r"but line 2 is ''"),
+        ('', r'but it is empty'),
+    ],
+)
+def test_the_file_that_names_images_is_read_before_training(text, message, tmp_path):
+    write_images(tmp_path)
+    for name in CLASSES:
+        (tmp_path / f'val/{name}/{name}.png').rename(tmp_path / f'val/{name}.png')
+    (tmp_path / 'meta').mkdir()
+    (tmp_path / 'meta/val.txt').write_text(text)
+    config = engine.config_with_options(str(MINI), dict(data_root=str(tmp_path)))
+    (check,) = check_datasets(config, 'val_dataloader')
+    found = '\n'.join(map(str, check.problems))
+    assert re.search(message, found) if message else not found
+
+
+@pytest.mark.parametrize('fault', ['order', 'folders'])
+def test_class_folders_that_change_the_meaning_of_labels(fault, tmp_path):
+    changes, message = {}, r'train has .* in another order.* give .* the order disk, rectangle, triangle'
+    write_images(tmp_path)
+    if fault == 'order':
+        changes = {f'{loader}.dataset.metainfo.classes': CLASSES[::-1] for loader in LOADERS}
+    else:
+        (tmp_path / 'val/disk').rename(tmp_path / 'val/zebra')
+        message = r'train and val_dataloader: .*val have different class folders \(disk, zebra\)'
+    with pytest.warns(UserWarning, match=message):
+        assert not problems(tmp_path, **changes)
+
+
 def test_config_of_the_documentation(tmp_path):
     (block,) = re.findall(r'```python\n([^`]*_in1k\.py.*?)```', (ROOT / 'docs/datasets.md').read_text(), re.DOTALL)
     (tmp_path / 'config.py').write_text(block.replace("_base_ = '", f"_base_ = '{ROOT}/configs/slide_pvt/"))
     write_images(tmp_path / 'data', ('cat', 'dog'))
     config = engine.config_with_options(str(tmp_path / 'config.py'), dict(data_root=str(tmp_path / 'data')))
-    checks = check_datasets(config, 'train_dataloader', 'val_dataloader', 'test_dataloader', everything=True)
+    checks = check_datasets(config, *LOADERS, everything=True)
     assert [check.problems for check in checks] == [[], []]
 
 
