@@ -383,7 +383,38 @@ def test_classifier_is_tested_dumped_and_drawn(checkpoint, config, options, tmp_
     pictures = sorted((tmp_path / 'pictures').glob('*'))
     assert len(pictures) == 6
     assert cv2.imread(str(pictures[0])).shape == (256, 256, 3)
-    assert 'accuracy/top1' in tool('test', config, checkpoint, '--tta', '--work-dir', tmp_path, *options)
+    status, output = tool('test', config, checkpoint, '--tta', *show, *options, check=False)
+    assert status == 2
+    assert 'error: mmpretrain cannot draw augmented images' in output
+
+
+@pytest.mark.slow
+def test_test_time_augmentation_uses_the_averaged_weights(checkpoint, config, options, tmp_path):
+    scores = []
+    for name in (config, MINI):  # with EMAHook and without
+        tool('test', name, checkpoint, '--tta', '--out', tmp_path / 'out.pkl', '--work-dir', tmp_path, *options)
+        scores.append(torch.stack([x['pred_score'] for x in pickle.loads((tmp_path / 'out.pkl').read_bytes())]))
+    assert relative_error(*scores) < 1e-6
+
+
+@pytest.mark.slow
+def test_averaged_weights_are_fine_tuned_for_other_classes(checkpoint, config, options, tmp_path):
+    write_images(tmp_path / 'data', ('cat', 'dog', 'fox', 'owl'))
+    path = tmp_path / 'other.py'
+    path.write_text(
+        f'_base_ = {str(config)!r}\n'
+        f'load_from = {str(checkpoint)!r}\n'
+        "metainfo = dict(classes=('cat', 'dog', 'fox', 'owl'))\n"
+        'train_dataloader = dict(dataset=dict(metainfo=metainfo))\n'
+        'val_dataloader = dict(dataset=dict(metainfo=metainfo))\n'
+        'test_dataloader = val_dataloader\n'
+        'model = dict(data_preprocessor=dict(num_classes=4), head=dict(num_classes=4))\n'
+    )
+    moved = [option if 'data_root' not in option else f'data_root={tmp_path}/data' for option in options]
+    output = tool('train', path, '--work-dir', tmp_path / 'work', *moved, 'optim_wrapper.optimizer.lr=0')
+    assert 'head.fc.weight (3, 192) instead of (4, 192)' in output
+    states = [torch.load(file, weights_only=True)['state_dict'] for file in (checkpoint, tmp_path / 'work/epoch_1.pth')]
+    assert all(torch.equal(value, states[1][key]) for key, value in states[0].items() if 'backbone' in key)
 
 
 @pytest.mark.slow
