@@ -3,6 +3,7 @@
 import copy
 import pickle
 import re
+import sys
 from pathlib import Path
 
 import cv2
@@ -300,12 +301,19 @@ def test_own_classes_may_be_left_to_the_folders(tmp_path):
     assert not problems(write_images(tmp_path), **{'train_dataloader.dataset': {**dataset, 'pipeline': []}})
 
 
-def test_without_mmpretrain(monkeypatch):
-    installed = {'mmpretrain', 'torchvision'}
-    monkeypatch.setattr(stack, 'find_spec', lambda name: name in installed or None)
-    installed.remove('torchvision')
-    assert re.search(r'Run: pip install torchvision torch==[\d.]+$', tool_error('get_flops', IN1K[0]))
-    installed.remove('mmpretrain')
+def test_without_mmpretrain(tmp_path, monkeypatch):
+    broken = tmp_path / 'torchvision.py'
+    broken.write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    monkeypatch.syspath_prepend(tmp_path)
+    for module in [name for name in sys.modules if name.split('.')[0] == 'torchvision']:
+        monkeypatch.delitem(sys.modules, module)
+    for found in (r'RuntimeError: operator torchvision::nms does not exist', r'ModuleNotFoundError: .*torchvision.*'):
+        error = tool_error('get_flops', IN1K[0])
+        assert re.search(
+            rf'torchvision, which cannot .*\({found}\)\. Run: pip install torchvision torch==[\d.]+$', error
+        )
+        monkeypatch.setitem(sys.modules, 'torchvision', None)
+    monkeypatch.setattr(stack, 'find_spec', lambda name: None)
     assert tool_error('get_flops', IN1K[0]).endswith("Run: pip install 'mmslide[classification]'")
     stack.check_scope('mmdet')
 
