@@ -241,9 +241,12 @@ def check_pretrained(config: Config) -> None:
 
     Raises:
         OSError: it cannot be read or downloaded; the message says how to do without.
-        ValueError: it is damaged, or holds more than weights; nothing of `load_from` fits the model.
+        ValueError: it is damaged, or holds more than weights; an init_cfg has no type; nothing of `load_from` fits the
+            model.
     """
     for path, node in named_dicts(config.model, 'model'):
+        if path.endswith('.init_cfg') and node and not node.get('type'):
+            raise ValueError(f'{path} has no type: --cfg-options {path}.type=Pretrained starts from its checkpoint')
         if node.get('type') in ('Pretrained', 'PretrainedInit') and node.get('checkpoint'):
             init_cfg = re.sub(r'\.\d+$', '', path)
             try:

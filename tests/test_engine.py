@@ -343,6 +343,13 @@ def test_pretrained_weights_that_cannot_be_had(checkpoint, tmp_path, monkeypatch
         engine.check_pretrained(Config(dict(model={}, load_from=checkpoint)))
 
 
+def test_an_init_cfg_needs_a_type():
+    """Configs for ImageNet have no init_cfg, so that an option for its checkpoint makes one."""
+    config = Config(dict(model=dict(backbone=dict(init_cfg=dict(checkpoint='x.pth')), neck=dict(init_cfg={}))))
+    with pytest.raises(ValueError, match=r'model\.backbone\.init_cfg has no type: .*init_cfg\.type=Pretrained'):
+        engine.check_pretrained(config)
+
+
 def test_what_load_from_does_not_fill_is_named(tmp_path):
     mini = Path(__file__).parents[1] / 'configs/mini'
     config = Config.fromfile(next(mini.glob('slide-swin-mini_upernet_*.py')))
