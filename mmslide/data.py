@@ -5,6 +5,7 @@ import json
 import math
 import os
 import posixpath
+import re
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -14,6 +15,7 @@ from typing import Any
 
 import mmcv
 import numpy as np
+from mmengine import list_from_file
 from mmengine.config import Config
 from mmengine.registry import DATASETS, TRANSFORMS
 from PIL import Image
@@ -114,6 +116,16 @@ def check_datasets(config: Config, *dataloaders: str, everything: bool = False) 
             if use not in seen:
                 seen.append(use)
                 checks.append(DatasetCheck(config, loader, options, everything))
+    by_folder = [check for check in checks if check.folders]
+    for check in by_folder[1:]:
+        first = by_folder[0]
+        if check.folders != first.folders:
+            warnings.warn(
+                f'{first.name} and {check.name} have different class folders '
+                f'({listed(sorted({*first.folders} ^ {*check.folders}), 10)}): mmpretrain numbers the labels of '
+                'each in the alphabetical order of its folders, so a label may stand for different classes',
+                stacklevel=3,
+            )
     return checks
 
 
@@ -155,6 +167,7 @@ class DatasetCheck:
 
     Attributes:
         name: the dataloader and the file or folder that lists the images.
+        folders: of classes, where their names say what is in the images.
         images: number of images; None if they were not counted, like the next.
         annotations: number of instances that mmdet uses, of label maps that were read, or of labelled images.
         per_class: for each class the number of its instances, of the label maps that it occurs in, or of its images.
@@ -165,6 +178,7 @@ class DatasetCheck:
         self.config, self.loader, self.options, self.everything = config, loader, options, everything
         self.evaluators = evaluators(config, loader)
         self.name = loader
+        self.folders: list[str] = []
         self.images: int | None = None
         self.annotations: int | None = None
         self.per_class: Counter[str] = Counter()
@@ -497,21 +511,41 @@ class DatasetCheck:
         yield from wrong
         if wrong or not (self.is_local and is_local(folder, *self._file_readers())):
             return
-        if not dataset.ann_file:
-            found = self._class_folders()
-            if len(found) != len(self.classes):
+        if dataset.ann_file:
+            lines = list_from_file(dataset.ann_file)
+            odd = [number for number, line in enumerate(lines) if not re.fullmatch(r'.+ -?[0-9]+', line.strip())]
+            if odd or not lines:
+                found = f'line {odd[0] + 1} is {lines[odd[0]]!r}' if odd else 'it is empty'
                 yield ValueError(
-                    f'{folder} must have a folder for each of the {len(self.classes)} classes, but has {len(found)} '
-                    f'({listed(found)})'
+                    f'{dataset.ann_file} must have an image and the number of its class in each line, as '
+                    f"'cat/1.jpg 0', but {found}"
                 )
                 return
-            files = (file for name in found for _, _, names in os.walk(os.path.join(folder, name)) for file in names)
+        else:
+            self.folders = self._class_folders()
+            if len(self.folders) != len(self.classes):
+                yield ValueError(
+                    f'{folder} must have a folder for each of the {len(self.classes)} classes, but has '
+                    f'{len(self.folders)} ({listed(self.folders)}): name them by metainfo=dict(classes=(...)) in every '
+                    'data set of the config, and set num_classes'
+                )
+                return
+            files = (
+                file for name in self.folders for _, _, names in os.walk(os.path.join(folder, name)) for file in names
+            )
             if not any(dataset.is_valid_file(file) for file in files):
                 yield ValueError(
                     f'{folder} has no image: none of its files ends in {listed(sorted(dataset.extensions), 10)}'
                 )
                 return
-        if self.everything:
+            if self.folders == sorted(self.classes) != self.classes:
+                warnings.warn(
+                    f"{folder} has the config's classes in another order: mmpretrain numbers labels in the "
+                    'alphabetical order of the folders, so give metainfo=dict(classes=(...)) the order '
+                    f'{listed(self.folders, 10)}',
+                    stacklevel=2,
+                )
+        if dataset.ann_file or self.everything:
             yield from self._check_labelled_images()
 
     def _wrong_topk(self) -> Iterator[Exception]:
@@ -526,17 +560,23 @@ class DatasetCheck:
         self.images = self.annotations = len(samples)
         faults: dict[str, list[str]] = defaultdict(list)
         paths = [sample['img_path'] for sample in samples]
-        sizes = in_threads(image_size, paths, f'{self.loader}: images') if self._opens_images() else [None] * len(paths)
-        for sample, size in zip(samples, sizes, strict=True):
-            label = sample['gt_label']
-            if isinstance(size, Exception):
-                faults['replace it or remove it'].append(f'{sample["img_path"]} cannot be read ({size})')
+        missing = missing_files(paths)
+        if missing:
+            yield FileNotFoundError(
+                f'{missing[0]} does not exist, {len(missing)} of {len(paths)} images of {self.name}'
+            )
+        for path, label in ((sample['img_path'], sample['gt_label']) for sample in samples):
             if 0 <= label < len(self.classes):
                 self.per_class[self.classes[label]] += 1
             else:
                 faults[f'labels of {len(self.classes)} classes are 0 to {len(self.classes) - 1}'].append(
-                    f'{sample["img_path"]} has the label {label}'
+                    f'{path} has the label {label}'
                 )
+        if self.everything and self._opens_images():
+            present = sorted({*paths} - {*missing})
+            for path, size in zip(present, in_threads(image_size, present, f'{self.loader}: images'), strict=True):
+                if isinstance(size, Exception):
+                    faults['replace it or remove it'].append(f'{path} cannot be read ({size})')
         yield from grouped(faults)
 
     def _check_segmentation(self) -> Iterator[Exception]:
@@ -648,6 +688,15 @@ def is_local(path: str, *readers: dict) -> bool:
     """Whether a path is read from a local disk, by what it looks like and by the backends its readers' configs name."""
     args = [reader.get(key) or {} for reader in readers for key in ('backend_args', 'file_client_args')]
     return '://' not in path and '.zip@' not in path and all(x.get('backend') in (None, 'local', 'disk') for x in args)
+
+
+def missing_files(paths: Sequence[str]) -> list[str]:
+    """Those that do not exist, of a million too: folders are listed, since asking for each file takes minutes on a
+    network's disk.
+    """
+    folders = {os.path.dirname(path) for path in paths}
+    found = {os.path.join(folder, name) for folder in folders if os.path.isdir(folder) for name in os.listdir(folder)}
+    return [path for path in paths if path not in found and not os.path.exists(path)]
 
 
 def is_number(value: Any) -> bool:

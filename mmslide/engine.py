@@ -38,7 +38,13 @@ class _Options(DictAction):
         for value in values:
             if '=' not in value:
                 parser.error(f'--cfg-options takes KEY=VALUE pairs, got {value!r}')
-        super().__call__(parser, namespace, values, *args)
+        try:
+            super().__call__(parser, namespace, values, *args)
+        except RecursionError:  # mmengine's, in the commas of anything but plain values
+            parser.error(
+                '--cfg-options takes plain values and lists or tuples of them, no dicts and calls: set each key of a '
+                f'dict by itself, as a.b=1, or write a config with _base_; got {" ".join(values)}'
+            )
 
 
 def config_parser(description: str) -> ArgumentParser:
@@ -156,10 +162,15 @@ def keep_config_file(config: Config) -> None:
 
 
 class _RunHook(Hook):
-    """Knows whether the first epoch has begun, and keeps a checkpoint from naming files of other runs.
+    """Knows whether the first epoch has begun, keeps a checkpoint from naming files of other runs, and starts from
+    averaged weights alone.
 
-    mmengine deletes the best checkpoint that a resumed one names when there is a better one, wherever that is.
+    mmengine deletes the best checkpoint that a resumed one names when there is a better one, wherever that is. The
+    EMAHook of mmpretrain would load a checkpoint's `ema_state_dict`, which holds the weights before averaging, without
+    unwrapping test-time augmentation, so that this tests random weights, and without leaving out heads that do not fit.
     """
+
+    priority = 'VERY_HIGH'  # before EMAHook
 
     def __init__(self) -> None:
         self.started = False
@@ -168,6 +179,8 @@ class _RunHook(Hook):
         self.started = True
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        if not runner._resume and not any(getattr(hook, 'evaluate_on_origin', False) for hook in runner.hooks):
+            checkpoint.pop('ema_state_dict', None)
         folders = [runner.work_dir, *(hook.out_dir for hook in runner.hooks if getattr(hook, 'out_dir', None))]
         info = (checkpoint.get('message_hub') or {}).get('runtime_info') or {}
         for key in [key for key in info if str(key).startswith(('best_ckpt', 'last_ckpt'))]:
@@ -229,9 +242,12 @@ def check_pretrained(config: Config) -> None:
 
     Raises:
         OSError: it cannot be read or downloaded; the message says how to do without.
-        ValueError: it is damaged, or holds more than weights; nothing of `load_from` fits the model.
+        ValueError: it is damaged, or holds more than weights; an init_cfg has no type; nothing of `load_from` fits the
+            model.
     """
     for path, node in named_dicts(config.model, 'model'):
+        if path.endswith('.init_cfg') and node and not node.get('type'):
+            raise ValueError(f'{path} has no type: --cfg-options {path}.type=Pretrained starts from its checkpoint')
         if node.get('checkpoint') and is_pretrained(node):
             init_cfg = re.sub(r'\.\d+$', '', path)
             try:
@@ -462,11 +478,15 @@ def set_tta(config: Config) -> None:
     """Tests with the config's test-time augmentation, without a mask head: mmdet merges boxes, but no masks.
 
     Raises:
-        ValueError: the config has none.
+        ValueError: the config has none, or draws predictions by mmpretrain, which cannot draw augmented images.
     """
     missing = [key for key in ('tta_model', 'tta_pipeline') if not config.get(key)]
     if missing:
         raise ValueError(f'--tta needs {" and ".join(missing)} in the config')
+    if config.get('default_scope') == 'mmpretrain' and config.get('default_hooks', {}).get('visualization', {}).get(
+        'enable'
+    ):
+        raise ValueError('mmpretrain cannot draw augmented images: give --tta or --show-dir (--show), not both')
     roi_head = config.model.get('roi_head', {})
     if roi_head.get('mask_head'):
         warnings.warn('--tta: mmdet merges boxes but no masks, so the mask head is left out', stacklevel=2)

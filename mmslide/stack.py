@@ -57,8 +57,8 @@ def check_scope(scope: str | None) -> None:
     """Checks that the default_scope of a config can be used: classification needs mmpretrain, which is optional.
 
     Raises:
-        ImportError: mmpretrain or the torchvision that it imports is missing, or mmpretrain is too old, too new, or
-            refuses its own neighbours.
+        ImportError: mmpretrain or the torchvision that it imports is missing or broken, or mmpretrain is too old, too
+            new, or refuses its own neighbours.
     """
     if scope != 'mmpretrain':
         return
@@ -66,12 +66,15 @@ def check_scope(scope: str | None) -> None:
         raise ImportError(
             "classification needs mmpretrain, which is not installed. Run: pip install 'mmslide[classification]'"
         )
-    if find_spec('torchvision') is None:
+    try:
+        importlib.import_module('torchvision')  # mmpretrain imports it later, in the middle of building a model
+    except Exception as error:
         # The extra does not name it: without torch in the command pip would take another version of torch.
         torch_version = torch.__version__.split('+')[0]
         raise ImportError(
-            f'mmpretrain needs torchvision, which is not installed. Run: pip install torchvision torch=={torch_version}'
-        )
+            f'mmpretrain needs torchvision, which cannot be imported ({type(error).__name__}: {error}). '
+            f'Run: pip install torchvision torch=={torch_version}'
+        ) from error
     if problem := _problem(scope, *MMPRETRAIN):
         raise ImportError(problem)
 

@@ -3,6 +3,7 @@
 import copy
 import pickle
 import re
+import sys
 from pathlib import Path
 
 import cv2
@@ -26,6 +27,7 @@ pytest.importorskip('mmpretrain', reason="needs pip install 'mmslide[classificat
 
 MINI = ROOT / 'configs/mini/slide-pvt-mini_mini-imagenet-64x64.py'
 CLASSES = ('disk', 'rectangle', 'triangle')
+LOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
 every_config = pytest.mark.parametrize('path', IN1K, ids=lambda path: path.stem)
 
 
@@ -205,8 +207,7 @@ def problems(data_root, **changes) -> list[str]:
     config = copy.deepcopy(load(MINI))
     config.merge_from_dict(changes)
     engine.move_data(config, str(data_root))
-    loaders = ('train_dataloader', 'val_dataloader', 'test_dataloader')
-    checks = check_datasets(config, *loaders, everything=True)
+    checks = check_datasets(config, *LOADERS, everything=True)
     assert len(checks) == 2
     return [str(problem) for check in checks for problem in check.problems]
 
@@ -250,12 +251,48 @@ def test_data_that_does_not(fault, message, tmp_path):
     assert re.search(message, '\n'.join(problems(tmp_path, **changes)))
 
 
+@pytest.mark.parametrize(
+    ('text', 'message'),
+    [
+        ('disk.png 0\nrectangle.png 1\n', None),
+        ('disk.png 0\ngone.png 1\n', r'val/gone\.png does not exist, 1 of 2 images of val_dataloader: .*meta/val\.txt'),
+        ('disk.png 0\nrectangle.png 3\n', r'rectangle\.png has the label 3; labels of 3 classes are 0 to 2'),
+        ('disk.png 0\nrectangle.png disk\n', r"meta/val\.txt must have .* but line 2 is 'rectangle\.png disk'"),
+        ('disk.png 0\n\n', r"but line 2 is ''"),
+        ('', r'but it is empty'),
+    ],
+)
+def test_the_file_that_names_images_is_read_before_training(text, message, tmp_path):
+    write_images(tmp_path)
+    for name in CLASSES:
+        (tmp_path / f'val/{name}/{name}.png').rename(tmp_path / f'val/{name}.png')
+    (tmp_path / 'meta').mkdir()
+    (tmp_path / 'meta/val.txt').write_text(text)
+    config = engine.config_with_options(str(MINI), dict(data_root=str(tmp_path)))
+    (check,) = check_datasets(config, 'val_dataloader')
+    found = '\n'.join(map(str, check.problems))
+    assert re.search(message, found) if message else not found
+
+
+@pytest.mark.parametrize('fault', ['order', 'folders'])
+def test_class_folders_that_change_the_meaning_of_labels(fault, tmp_path):
+    changes, message = {}, r'train has .* in another order.* give .* the order disk, rectangle, triangle'
+    write_images(tmp_path)
+    if fault == 'order':
+        changes = {f'{loader}.dataset.metainfo.classes': CLASSES[::-1] for loader in LOADERS}
+    else:
+        (tmp_path / 'val/disk').rename(tmp_path / 'val/zebra')
+        message = r'train and val_dataloader: .*val have different class folders \(disk, zebra\)'
+    with pytest.warns(UserWarning, match=message):
+        assert not problems(tmp_path, **changes)
+
+
 def test_config_of_the_documentation(tmp_path):
     (block,) = re.findall(r'```python\n([^`]*_in1k\.py.*?)```', (ROOT / 'docs/datasets.md').read_text(), re.DOTALL)
     (tmp_path / 'config.py').write_text(block.replace("_base_ = '", f"_base_ = '{ROOT}/configs/slide_pvt/"))
     write_images(tmp_path / 'data', ('cat', 'dog'))
     config = engine.config_with_options(str(tmp_path / 'config.py'), dict(data_root=str(tmp_path / 'data')))
-    checks = check_datasets(config, 'train_dataloader', 'val_dataloader', 'test_dataloader', everything=True)
+    checks = check_datasets(config, *LOADERS, everything=True)
     assert [check.problems for check in checks] == [[], []]
 
 
@@ -264,12 +301,19 @@ def test_own_classes_may_be_left_to_the_folders(tmp_path):
     assert not problems(write_images(tmp_path), **{'train_dataloader.dataset': {**dataset, 'pipeline': []}})
 
 
-def test_without_mmpretrain(monkeypatch):
-    installed = {'mmpretrain', 'torchvision'}
-    monkeypatch.setattr(stack, 'find_spec', lambda name: name in installed or None)
-    installed.remove('torchvision')
-    assert re.search(r'Run: pip install torchvision torch==[\d.]+$', tool_error('get_flops', IN1K[0]))
-    installed.remove('mmpretrain')
+def test_without_mmpretrain(tmp_path, monkeypatch):
+    broken = tmp_path / 'torchvision.py'
+    broken.write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    monkeypatch.syspath_prepend(tmp_path)
+    for module in [name for name in sys.modules if name.split('.')[0] == 'torchvision']:
+        monkeypatch.delitem(sys.modules, module)
+    for found in (r'RuntimeError: operator torchvision::nms does not exist', r'ModuleNotFoundError: .*torchvision.*'):
+        error = tool_error('get_flops', IN1K[0])
+        assert re.search(
+            rf'torchvision, which cannot .*\({found}\)\. Run: pip install torchvision torch==[\d.]+$', error
+        )
+        monkeypatch.setitem(sys.modules, 'torchvision', None)
+    monkeypatch.setattr(stack, 'find_spec', lambda name: None)
     assert tool_error('get_flops', IN1K[0]).endswith("Run: pip install 'mmslide[classification]'")
     stack.check_scope('mmdet')
 
@@ -347,7 +391,38 @@ def test_classifier_is_tested_dumped_and_drawn(checkpoint, config, options, tmp_
     pictures = sorted((tmp_path / 'pictures').glob('*'))
     assert len(pictures) == 6
     assert cv2.imread(str(pictures[0])).shape == (256, 256, 3)
-    assert 'accuracy/top1' in tool('test', config, checkpoint, '--tta', '--work-dir', tmp_path, *options)
+    status, output = tool('test', config, checkpoint, '--tta', *show, *options, check=False)
+    assert status == 2
+    assert 'error: mmpretrain cannot draw augmented images' in output
+
+
+@pytest.mark.slow
+def test_test_time_augmentation_uses_the_averaged_weights(checkpoint, config, options, tmp_path):
+    scores = []
+    for name in (config, MINI):  # with EMAHook and without
+        tool('test', name, checkpoint, '--tta', '--out', tmp_path / 'out.pkl', '--work-dir', tmp_path, *options)
+        scores.append(torch.stack([x['pred_score'] for x in pickle.loads((tmp_path / 'out.pkl').read_bytes())]))
+    assert relative_error(*scores) < 1e-6
+
+
+@pytest.mark.slow
+def test_averaged_weights_are_fine_tuned_for_other_classes(checkpoint, config, options, tmp_path):
+    write_images(tmp_path / 'data', ('cat', 'dog', 'fox', 'owl'))
+    path = tmp_path / 'other.py'
+    path.write_text(
+        f'_base_ = {str(config)!r}\n'
+        f'load_from = {str(checkpoint)!r}\n'
+        "metainfo = dict(classes=('cat', 'dog', 'fox', 'owl'))\n"
+        'train_dataloader = dict(dataset=dict(metainfo=metainfo))\n'
+        'val_dataloader = dict(dataset=dict(metainfo=metainfo))\n'
+        'test_dataloader = val_dataloader\n'
+        'model = dict(data_preprocessor=dict(num_classes=4), head=dict(num_classes=4))\n'
+    )
+    moved = [option if 'data_root' not in option else f'data_root={tmp_path}/data' for option in options]
+    output = tool('train', path, '--work-dir', tmp_path / 'work', *moved, 'optim_wrapper.optimizer.lr=0')
+    assert 'head.fc.weight (3, 192) instead of (4, 192)' in output
+    states = [torch.load(file, weights_only=True)['state_dict'] for file in (checkpoint, tmp_path / 'work/epoch_1.pth')]
+    assert all(torch.equal(value, states[1][key]) for key, value in states[0].items() if 'backbone' in key)
 
 
 @pytest.mark.slow

@@ -695,6 +695,8 @@ def test_tool_without_training_data(coco, tmp_path, run_tool):
     code, _, errors = run_tool(config, '--show-dir', tmp_path / 'show')
     assert code == 2
     assert errors == ['error: --show-dir needs train_dataloader in the config']
+    config.update(val_dataloader=None, test_dataloader=None)
+    assert ' has no data set in train_dataloader, ' in run_tool(config)[2][0]
 
 
 @pytest.mark.slow

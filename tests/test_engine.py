@@ -118,6 +118,13 @@ def test_options_are_pairs(capsys):
     assert "takes KEY=VALUE pairs, got 'novalue'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize('value', ['[dict(type="EMAHook",momentum=0.1)]', "{'a':1,'b':(1,2)}"])
+def test_options_are_plain_values(value, capsys):
+    with pytest.raises(SystemExit, match=r'^2$'):
+        engine.config_parser('').parse_args(['x.py', '--cfg-options', f'a={value}'])
+    assert 'no dicts and calls: set each key of a dict by itself, as a.b=1' in capsys.readouterr().err
+
+
 @pytest.mark.parametrize('scope', ['mmdet', 'mmseg'])
 def test_predictions_and_drawings_never_replace_inputs(scope, tmp_path):
     (tmp_path / 'annotations').mkdir()
@@ -273,7 +280,7 @@ def test_resume_by_the_config(save, tmp_path):
 def test_a_checkpoint_does_not_name_files_to_delete(where, tmp_path):
     """mmengine removes `best_ckpt` of a resumed training when there is a better one."""
     best = tmp_path / ('work/best.pth' if where == 'inside' else 'best.pth')
-    runner = SimpleNamespace(work_dir=str(tmp_path / 'work'), hooks=[], logger=logging.getLogger())
+    runner = SimpleNamespace(work_dir=str(tmp_path / 'work'), hooks=[], logger=logging.getLogger(), _resume=True)
     info = dict(best_ckpt=str(best), last_ckpt=str(best), best_score=1, iter=3)
     engine._RunHook().after_load_checkpoint(runner, dict(message_hub=dict(runtime_info=info)))
     assert set(info) == {'best_score', 'iter', *(['best_ckpt', 'last_ckpt'] if where == 'inside' else [])}
@@ -336,6 +343,13 @@ def test_pretrained_weights_that_cannot_be_had(checkpoint, kind, tmp_path, monke
             engine.check_pretrained(config)
     with pytest.raises(OSError, match=re.escape(checkpoint)):
         engine.check_pretrained(Config(dict(model={}, load_from=checkpoint)))
+
+
+def test_an_init_cfg_needs_a_type():
+    """Configs for ImageNet have no init_cfg, so that an option for its checkpoint makes one."""
+    config = Config(dict(model=dict(backbone=dict(init_cfg=dict(checkpoint='x.pth')), neck=dict(init_cfg={}))))
+    with pytest.raises(ValueError, match=r'model\.backbone\.init_cfg has no type: .*init_cfg\.type=Pretrained'):
+        engine.check_pretrained(config)
 
 
 def test_what_load_from_does_not_fill_is_named(tmp_path):

@@ -66,6 +66,8 @@ def main() -> None:
         args = parser.parse_args()
         config = config_with_options(args.config, args.cfg_options)
         checks = check_datasets(config, *LOADERS, everything=True)
+        if not checks:
+            raise ValueError(f'config {args.config} has no data set in {", ".join(LOADERS)}')
         for check in checks:
             print(check.name)
             Console(markup=False).print(summary(check))

@@ -1,4 +1,4 @@
-"""Tests a detector or a segmentor."""
+"""Tests a detector, segmentor or classifier."""
 
 from mmslide import engine
 from mmslide.data import check_data
@@ -6,9 +6,9 @@ from mmslide.messages import INPUT_ERRORS, exit_on
 
 
 def main() -> None:
-    parser = engine.argument_parser('Test a detector or a segmentor')
+    parser = engine.argument_parser('Test a detector, segmentor or classifier')
     parser.add_argument('checkpoint', help='checkpoint file')
-    parser.add_argument('--out', help='predictions: a .pkl file for detection, a folder of label maps for segmentation')
+    parser.add_argument('--out', help='predictions: a .pkl file, for segmentation a folder of label maps')
     parser.add_argument('--show', action='store_true', help='show predictions in a window')
     parser.add_argument('--show-dir', help='folder for images of predictions beside the ground truth')
     parser.add_argument('--wait-time', type=float, default=2, help='seconds between the windows of --show')

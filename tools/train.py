@@ -1,4 +1,4 @@
-"""Trains a detector or a segmentor."""
+"""Trains a detector, segmentor or classifier."""
 
 from mmslide import engine
 from mmslide.data import check_data
@@ -6,7 +6,7 @@ from mmslide.messages import INPUT_ERRORS, exit_on
 
 
 def main() -> None:
-    parser = engine.argument_parser('Train a detector or a segmentor')
+    parser = engine.argument_parser('Train a detector, segmentor or classifier')
     parser.add_argument('--amp', action='store_true', help='mixed precision')
     parser.add_argument('--auto-scale-lr', action='store_true', help='scale the learning rate with the batch size')
     parser.add_argument(
