@@ -204,3 +204,17 @@ def test_exported_layers_through_the_tool(tmp_path, monkeypatch, capsys):
     (record,) = json.loads((tmp_path / 'figures.json').read_text())
     assert record['name'] == '8x8x16x2'
     assert record['fused_ms'] > 0
+
+
+@pytest.mark.slow
+def test_exported_models_through_the_tool(tmp_path, monkeypatch, capsys):
+    config = 'slide-swin-mini_upernet_mini-ade20k-64x64.py'
+    arguments = ['--shape', 64, 64, '--seconds', 0, '--runtimes', 'onnxruntime', '--json', tmp_path / 'figures.json']
+    tool(monkeypatch, 'exported', config, config, *arguments)
+    assert '64×64, 2 CPU threads' in capsys.readouterr().out
+    (record,) = json.loads((tmp_path / 'figures.json').read_text())
+    assert record['runtime'] == 'onnxruntime'
+    ours, baseline = record['measurements']
+    assert 0 < ours['seconds']
+    assert ours['file_bytes'] == baseline['file_bytes'] > 1e6
+    assert ours['peak_bytes'] > ours['file_bytes']

@@ -1,4 +1,4 @@
-"""Measures both ops, backbones, whole models or an exported layer beside another implementation: time and memory."""
+"""Measures ops, backbones, whole models and exported ones beside another implementation: time and memory."""
 
 import argparse
 import json
@@ -9,6 +9,7 @@ from statistics import geometric_mean
 
 import torch
 from mmengine.config import Config
+from mmengine.hub import get_config
 from mmengine.logging import MMLogger
 from rich.console import Console
 from rich.table import Column, Table
@@ -16,19 +17,23 @@ from rich.table import Column, Table
 from mmslide.benchmark import (
     BACKBONES,
     Cost,
+    ExportedMeasurement,
     Machine,
     Measurement,
     Pair,
+    available_runtimes,
     backbone_pair,
     compare,
     compare_exported,
     measure_cost,
+    measure_exported,
     measure_machine,
     model_pair,
     neighborhood_pair,
     op_pair,
     plot_cost,
 )
+from mmslide.deploy.graphs import PARTS
 from mmslide.files import find_config
 
 # Height, width, channels, heads: stages that attend with Slide Attention, at detection's sizes.
@@ -44,7 +49,8 @@ def main() -> None:
     console = Console(width=max(150, Console().width))
     if args.threads:
         torch.set_num_threads(args.threads)
-    records = run_exported(args, console) if args.command == 'onnx' else run_in_torch(args, console)
+    run = {'onnx': run_layers, 'exported': run_exported}.get(args.command, run_in_torch)
+    records = run(args, console)
     if args.json:
         args.json.write_text(json.dumps(records, indent=1) + '\n')
 
@@ -93,10 +99,17 @@ def parse_args() -> argparse.Namespace:
     backbone.add_argument('--with-cp', action='store_true', help='in backbones of mmslide: what it saves in training')
     onnx = commands.add_parser('onnx', parents=[measuring, maps], help='fused beside two-path, in onnxruntime')
     onnx.add_argument('--mlp-ratio', type=float, default=0, help='of a transformer block; default: attention alone')
+    exported = commands.add_parser('exported', parents=[measuring], help='one config or two, exported, in each runtime')
+    exported.add_argument('config')
+    exported.add_argument('baseline', nargs='?', help='config of the other side')
+    exported.add_argument(
+        '--runtimes', nargs='+', choices=list(available_runtimes()), help='default: all that are here'
+    )
+    exported.add_argument('--part', choices=PARTS, default='backbone', help='default: %(default)s')
     model = commands.add_parser('model', parents=[common], help='two configs')
     model.add_argument('config')
     model.add_argument('baseline', help='config of the other side')
-    for command in (backbone, model):
+    for command in (backbone, exported, model):
         command.add_argument('--shape', type=int, nargs=2, default=(800, 1280), metavar=('HEIGHT', 'WIDTH'))
     args = parser.parse_args()
     args.plot = getattr(args, 'plot', None)
@@ -116,8 +129,13 @@ def pairs(args: argparse.Namespace, settings: dict) -> Iterator[Pair]:
         for name in args.names or BACKBONES:
             yield backbone_pair(name, *args.shape, backend=args.backend, with_cp=args.with_cp, **settings)
     else:
-        ours, baseline = (Config.fromfile(find_config(name)) for name in (args.config, args.baseline))
+        ours, baseline = map(read_config, (args.config, args.baseline))
         yield model_pair(ours, baseline, *args.shape, **settings)
+
+
+def read_config(name: str) -> Config:
+    """A file, one of mmslide's, or another package's as mmengine names it: mmdet::swin/NAME.py."""
+    return get_config(name) if '::' in name else Config.fromfile(find_config(name))
 
 
 def op_settings(args: argparse.Namespace, settings: dict) -> dict:
@@ -172,7 +190,7 @@ def row(pair: Pair, ours: Measurement, baseline: Measurement, machine: Machine, 
     return cells
 
 
-def run_exported(args: argparse.Namespace, console: Console) -> list[dict]:
+def run_layers(args: argparse.Namespace, console: Console) -> list[dict]:
     block = f'with norms and an MLP of ratio {args.mlp_ratio:g}' if args.mlp_ratio else 'alone'
     console.print(f'Slide Attention with its projections {block}, in onnxruntime, float32, {args.threads} CPU threads')
     table = Table('', *(Column(name, justify='right') for name in ('fused ms', 'two-path ms', 'ratio')))
@@ -185,6 +203,34 @@ def run_exported(args: argparse.Namespace, console: Console) -> list[dict]:
         records.append(dict(name=text, mlp_ratio=args.mlp_ratio, fused_ms=ours, two_path_ms=baseline))
     console.print(table)
     return records
+
+
+def run_exported(args: argparse.Namespace, console: Console) -> list[dict]:
+    names = [args.config, *([args.baseline] if args.baseline else [])]
+    console.print(f'{args.part} of {" and ".join(names)}, {args.shape[0]}×{args.shape[1]}, {args.threads} CPU threads')
+    runtimes = available_runtimes()
+    chosen = [runtimes[name] for name in args.runtimes or runtimes]
+    configs = [read_config(name) for name in names]
+    with console.status('exporting'):
+        results = measure_exported(configs, chosen, args.part, tuple(args.shape), args.threads, args.seconds)
+    table = Table('runtime')
+    for column in ('ms', 'file MB', 'memory MB'):
+        for name in ('', 'baseline ', 'ratio of ')[: 3 if args.baseline else 1]:
+            table.add_column(name + column, justify='right')
+    records = []
+    for name, measurements in results.items():
+        cells = []
+        for figures in zip(*(_figures(x) for x in measurements), strict=True):
+            cells += [f'{figure:.1f}' for figure in figures]
+            cells += [f'{figures[1] / figures[0]:.2f}'] if args.baseline else []
+        table.add_row(name, *cells)
+        records.append(dict(runtime=name, configs=names, measurements=[asdict(x) for x in measurements]))
+    console.print(table)
+    return records
+
+
+def _figures(x: ExportedMeasurement) -> tuple[float, float, float]:
+    return 1e3 * x.seconds, x.file_bytes / 1e6, x.peak_bytes / 1e6
 
 
 def run_cost(args: argparse.Namespace, settings: dict, what: str, console: Console) -> list[dict]:
