@@ -5,13 +5,14 @@ READY := $(VENV)/.ready
 DEMO := cascade-mask-rcnn_slide-pvt-mini_fpn_mini-coco.py
 DEMO_SEG := slide-swin-mini_upernet_mini-ade20k-64x64.py
 
-.PHONY: help demo demo-seg test setup clean
+.PHONY: help demo demo-seg test test-all setup clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make demo      set up, train Mask R-CNN with a small Slide-PVT on a generated data set, test, draw and export it'
 	@echo 'make demo-seg  the same for UperNet with a small Slide-Swin'
-	@echo 'make test      set up, then every check and test'
+	@echo 'make test      set up, then the checks and tests'
+	@echo 'make test-all  the same with the exhaustive tests, about an hour'
 	@echo 'make setup     the environment $(VENV) alone'
 
 setup: $(READY)
@@ -21,11 +22,12 @@ $(READY): requirements.txt tools/setup_env.sh setup.py pyproject.toml mmslide/op
 	@bash tools/setup_env.sh $(VENV)
 	@touch $(READY)
 
-test: $(READY)
+test: MARKED := not exhaustive
+test test-all: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -m '' -n 2 --durations 10
+	$(BIN)/python -m pytest -m '$(MARKED)' -n 2 --durations 10
 
 # With --resume a demo that was interrupted goes on, and a finished one is only tested again.
 data/mini: | $(READY)

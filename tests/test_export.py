@@ -4,6 +4,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import onnx
 import pytest
 import torch
 from helpers import randomize, relative_error, tool
@@ -136,6 +137,11 @@ def test_backbones(backbone, dynamic, save, tmp_path):
                 wanted = reference(image.double())
             for value, stage in zip(run(image), wanted, strict=True):
                 assert relative_error(value, stage) < 1e-5, size
+
+    graph = onnx.load(tmp_path / 'x.onnx')
+    assert [(x.domain, x.version <= 20) for x in graph.opset_import] == [('', True)]
+    assert not graph.functions
+    assert not {node.op_type for node in graph.graph.node} & {'If', 'Loop', 'Scan'}
 
 
 @pytest.mark.slow
