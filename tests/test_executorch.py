@@ -32,9 +32,11 @@ def test_products(size):
     for x in (torch.randn(size), torch.randn(2, 5, 4, 3).mT):
         for y in (torch.randn(4, 6), torch.randn(6, 4).t(), torch.randn(1, 1, 4, 6), torch.randn(2, 5, 4, 6)):
             assert relative_error(matmul(x, y), x @ y) < 1e-6
+        vector = torch.randn(4)
+        assert relative_error(matmul(x, vector), x @ vector) < 1e-6
 
 
-@pytest.mark.parametrize('mask', [None, torch.randn(2, 1, 5, 7)])
+@pytest.mark.parametrize('mask', [None, torch.randn(2, 1, 5, 7), torch.eye(5, 7) < 1])
 @pytest.mark.parametrize('scale', [None, 0.3])
 def test_attention(mask, scale):
     attention = decompositions()[torch.ops.aten.scaled_dot_product_attention.default]
@@ -48,6 +50,7 @@ def test_moves():
     x = torch.randn(2, 5, 7, 3)
     for pads in ([0, 0, 1, -2], [0, 0, -1, 0, 2, -3], [1, 2, 3, 4], [0, 0, 0, 0]):
         assert torch.equal(table[aten.pad.default](x, pads, 'constant', 0.5), F.pad(x, pads, value=0.5))
+    assert torch.equal(table[aten.pad.default](x[0], [1, 2], 'replicate'), F.pad(x[0], [1, 2], 'replicate'))
     for shifts, dims in (([-3, 2], [1, 2]), ([0], [1]), ([8], [-2])):
         assert torch.equal(table[aten.roll.default](x, shifts, dims), x.roll(shifts, dims))
     for dim in (0, 1, -1):
@@ -106,7 +109,7 @@ def assert_agrees(module, left, folder):
     nodes = edge.exported_program().graph.nodes
     assert {getattr(node.target, '__name__', '') for node in nodes if node.op == 'call_function'} <= left
     path = folder / 'x.pte'
-    edge.to_executorch().save(path)
+    edge.to_executorch().save(str(path))
     image = torch.randn(1, 3, *SHAPE)
     with torch.no_grad():
         wanted = module(image)

@@ -20,7 +20,7 @@ class ExecuTorch(Target):
     run_packages = ('executorch', 'torch')
 
     def write(self, traced: Traced, path: Path) -> None:
-        lower(traced).to_executorch().save(path)
+        lower(traced).to_executorch().save(str(path))
 
     def load(self, path: Path, threads: int | None = None, precision: str | None = None) -> Runner:
         require(self, self.run_packages)
@@ -72,8 +72,12 @@ def decompositions() -> dict[Any, Callable]:
     import torch
     from torch import Tensor
 
+    aten = torch.ops.aten
+
     def matmul(x: Tensor, y: Tensor) -> Tensor:
         """PyTorch's expands a matrix to as many copies as x has pixels."""
+        if min(x.ndim, y.ndim) < 2:
+            return aten.matmul.default.decompose(x, y)
         if y.ndim == 2:
             return torch.mm(x.reshape(-1, x.shape[-1]), y).view(*x.shape[:-1], y.shape[-1])
         batch = torch.broadcast_shapes(x.shape[:-2], y.shape[:-2])
@@ -92,6 +96,9 @@ def decompositions() -> dict[Any, Callable]:
         enable_gqa: bool = False,
     ) -> Tensor:
         """PyTorch's looks for rows without a finite number."""
+        if is_causal or enable_gqa or (mask is not None and mask.dtype == torch.bool):
+            settings: dict[str, Any] = dict(scale=scale, enable_gqa=enable_gqa)
+            return aten.scaled_dot_product_attention.default.decompose(q, k, v, mask, dropout, is_causal, **settings)
         logits = matmul(q * (q.shape[-1] ** -0.5 if scale is None else scale), k.mT)
         return matmul((logits if mask is None else logits + mask).softmax(-1), v)
 
@@ -105,12 +112,14 @@ def decompositions() -> dict[Any, Callable]:
     def roll(x: Tensor, shifts: list[int], dims: list[int]) -> Tensor:
         for shift, dim in zip(shifts, dims, strict=True):
             side = x.shape[dim]
-            first = -shift % side
-            x = torch.cat([x.narrow(dim, first, side - first), x.narrow(dim, 0, first)], dim)
+            if first := -shift % side:
+                x = torch.cat([x.narrow(dim, first, side - first), x.narrow(dim, 0, first)], dim)
         return x
 
     def pad(x: Tensor, pads: list[int], mode: str = 'constant', value: float | None = None) -> Tensor:
         """Negative ones as slices."""
+        if mode != 'constant':
+            return aten.pad.default.decompose(x, pads, mode, value)
         for axis, (before, after) in enumerate(zip(pads[::2], pads[1::2], strict=True), 1):
             start = max(0, -before)
             if start or after < 0:
@@ -118,7 +127,6 @@ def decompositions() -> dict[Any, Callable]:
         positive = [max(0, side) for side in pads]
         return torch.constant_pad_nd(x, positive, value or 0) if any(positive) else x
 
-    aten = torch.ops.aten
     return {
         aten.matmul.default: matmul,
         aten.scaled_dot_product_attention.default: attention,
