@@ -164,6 +164,22 @@ def test_segmentors(head, dynamic, save, tmp_path):
         assert_draws(tmp_path / f'x{target.suffix}', tmp_path)
 
 
+@pytest.mark.slow
+def test_features(save, tmp_path):
+    """Backbone and neck, at every size."""
+    config, checkpoint, model = save('TwinsPCPVT', 'FPNHead')
+    traced = traced_part(config, checkpoint, 'features', (70, 99), dynamic=True)
+    assert traced.metadata['outputs'] == ['level1', 'level2', 'level3', 'level4']
+    reference = unfused(model)
+    for run in written(traced, tmp_path):
+        for size in [(70, 99), *SIZES]:
+            image = torch.randn(1, 3, *size)
+            with torch.no_grad():
+                wanted = reference.extract_feat(image.double())
+            for value, level in zip(run(image), wanted, strict=True):
+                assert relative_error(value, level) < 1e-5, size
+
+
 def assert_draws(exported, folder):
     """tools/run_exported.py, with a picture as wide as none before."""
     picture = np.random.default_rng(0).integers(0, 256, (50, 77, 3), np.uint8)
