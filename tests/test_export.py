@@ -97,9 +97,13 @@ def traced_part(config, checkpoint, name, shape, dynamic=False):
     return Traced(trace(module, shape, dynamic), metadata(cfg, meta, module, name, None if dynamic else shape))
 
 
+SLOW_TARGETS = {'.pte'}  # tested in a file of their own
+
+
 def exact_targets(dynamic):
     """Those that run here, in float32."""
-    return [x for x in TARGETS.values() if not x.why_not_run() and (x.any_size or not dynamic)]
+    found = [x for x in TARGETS.values() if x.suffix not in SLOW_TARGETS and not x.why_not_run()]
+    return [x for x in found if x.any_size or not dynamic]
 
 
 def written(traced, folder):
@@ -164,6 +168,22 @@ def test_segmentors(head, dynamic, save, tmp_path):
             assert (labels == wanted.pred_sem_seg.data).double().mean() > 1 - 1e-3
     for target in exact_targets(dynamic):
         assert_draws(tmp_path / f'x{target.suffix}', tmp_path)
+
+
+@pytest.mark.slow
+def test_features(save, tmp_path):
+    """Backbone and neck, at every size."""
+    config, checkpoint, model = save('TwinsPCPVT', 'FPNHead')
+    traced = traced_part(config, checkpoint, 'features', (70, 99), dynamic=True)
+    assert traced.metadata['outputs'] == ['level1', 'level2', 'level3', 'level4']
+    reference = unfused(model)
+    for run in written(traced, tmp_path):
+        for size in [(70, 99), *SIZES]:
+            image = torch.randn(1, 3, *size)
+            with torch.no_grad():
+                wanted = reference.extract_feat(image.double())
+            for value, level in zip(run(image), wanted, strict=True):
+                assert relative_error(value, level) < 1e-5, size
 
 
 def assert_draws(exported, folder):
@@ -358,7 +378,7 @@ def test_a_preprocessor_at_the_top_level_and_a_checkpoint_without_meta(save):
     ('name', 'shape', 'images', 'error', 'message'),
     [
         ('model', (31, 64), [], ValueError, r'shape must be at least 32 pixels a side, got \(31, 64\)'),
-        ('neck', (64, 64), [], ValueError, r"part must be one of \('backbone', 'model'\), got 'neck'"),
+        ('neck', (64, 64), [], ValueError, r"part must be one of \('backbone', 'features', 'model'\), got 'neck'"),
         ('model', (64, 64), ['none.jpg'], FileNotFoundError, 'none.jpg'),
         ('model', (64, 64), [__file__], ValueError, 'test_export.py is not a readable image'),
     ],

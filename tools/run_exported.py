@@ -91,7 +91,7 @@ def main() -> None:
     if 'part' not in about:
         fail(f'{args.model} was not written by tools/export.py: it does not say how to prepare images')
     if about['part'] != 'model':
-        fail(f'{args.model} is the {about["part"]} alone, which finds nothing by itself')
+        fail(f'{args.model} holds the {about["part"]} alone, which finds nothing by itself')
 
     x, size = prepare(image, about, about['shape'] and tuple(about['shape']))
     names = about['classes'] or range(len(COLOURS))

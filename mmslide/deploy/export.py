@@ -39,8 +39,8 @@ def export(
 
     Args:
         out: the file, see `mmslide.deploy.targets`; it appears whole or not at all.
-        name: 'backbone' (outputs stage1, ...) or 'model' (of a classifier: scores; of a segmentor: logits, labels; of a
-            detector: see `ExportableDetector`).
+        name: 'backbone' (outputs stage1, ...), 'features' (backbone and neck, outputs level1, ...) or 'model' (of a
+            classifier: scores; of a segmentor: logits, labels; of a detector: see `ExportableDetector`).
         shape: (height, width) of the image, from 32 pixels a side.
         dynamic: the file takes every size from 32 pixels a side; shape is the first that is compared.
         images: files that are compared too, prepared as `metadata` says, beside random numbers as an image.
@@ -67,9 +67,9 @@ def export(
         cfg, model, meta = load_model(config, checkpoint)
         module = part(fuse(model), name, shape)
         if module.has_operators and not target.takes_detectors:
-            raise ValueError(f'{target.suffix} has no NMS and RoIAlign: export the backbone of a detector')
+            raise ValueError(f"{target.suffix} has no NMS and RoIAlign: of a detector export the part 'features'")
         if dynamic and not module.any_size:
-            raise ValueError('a whole detector is exported for one size; its backbone can be dynamic')
+            raise ValueError('a whole detector is exported for one size; its backbone and its features can be dynamic')
         about = metadata(cfg, meta, module, name, None if dynamic else shape)
         prepared = {str(file): prepare(read_image(file), about, shape)[0] for file in images}
         ranges = [prepare(read_image(file), about, shape)[0] for file in calibration_files(calibration)]

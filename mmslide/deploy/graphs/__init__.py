@@ -1,22 +1,27 @@
-"""What is exported: a backbone, or a whole classifier, segmentor or detector, as a module from tensors to tensors."""
+"""What is exported, as a module from tensors to tensors: a backbone, alone or with its neck, or a whole model."""
 
 from typing import Any
 
-from .base import Exportable, ExportableBackbone
+from .base import Exportable, ExportableBackbone, ExportableFeatures
 
-PARTS = ('backbone', 'model')
+PARTS = ('backbone', 'features', 'model')
 
-__all__ = ['PARTS', 'Exportable', 'ExportableBackbone', 'part']
+__all__ = ['PARTS', 'Exportable', 'ExportableBackbone', 'ExportableFeatures', 'part']
 
 
 def part(model: Any, name: str, shape: tuple[int, int]) -> Exportable:
-    """What is exported of a fused model: its 'backbone', or the whole 'model' for images of `shape` (height, width).
+    """What is exported of a fused model, for images of `shape` (height, width).
+
+    Args:
+        name: the 'backbone', its 'features', which are the backbone and the neck, or the whole 'model'.
 
     Raises:
         ValueError: the model has a part or a setting that cannot be exported.
     """
     if name == 'backbone':
         return ExportableBackbone(model.backbone)
+    if name == 'features':
+        return ExportableFeatures(model, shape)
     if hasattr(model, 'decode_head'):
         from .segmentor import ExportableSegmentor
 

@@ -49,3 +49,23 @@ class ExportableBackbone(Exportable):
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         return self.backbone(image)
+
+
+class ExportableFeatures(Exportable):
+    """The image (1, 3, H, W) to what the neck makes of the backbone's maps, such as the levels of an FPN.
+
+    Raises:
+        ValueError: the model has no neck.
+    """
+
+    def __init__(self, model: Any, shape: tuple[int, int]) -> None:
+        super().__init__()
+        if not getattr(model, 'with_neck', False):
+            raise ValueError("the model has no neck: export the part 'backbone'")
+        self.backbone, self.neck = model.backbone, model.neck
+        with torch.no_grad():
+            levels = self(torch.zeros(1, 3, *shape))
+        self.output_names = [f'level{index + 1}' for index in range(len(levels))]
+
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self.neck(self.backbone(image)))
