@@ -20,6 +20,25 @@ from mmslide.weights import load_pretrained
 GOLDEN = Path(__file__).parent / 'golden'
 TOOLS = Path(__file__).parents[1] / 'tools'
 
+# Few blocks, since exporting takes time for each: a second one only where blocks alternate.
+ARCH = dict(embed_dims=16, depths=(1, 1, 2, 1), num_heads=(1, 2, 2, 4), mlp_ratios=2)
+ARCH_SR = dict(ARCH, sr_ratios=(8, 4, 2, 1))
+BACKBONES = {
+    'SlidePVT': dict(type='mmslide.SlidePVT', arch=dict(ARCH_SR, depths=(1, 1, 1, 1))),
+    'SlidePVTv2': dict(
+        type='mmslide.SlidePVTv2', arch=dict(ARCH_SR, depths=(1, 1, 1, 1), pool_sizes=(7, 0, 0, 7)), slide_stages=(1,)
+    ),
+    'SlideSwin': dict(type='mmslide.SlideSwin', arch=ARCH),
+    'SlideCSWin': dict(
+        type='mmslide.SlideCSWin',
+        arch=dict(ARCH, depths=(1, 1, 1, 1), num_heads=(2, 2, 2, 4), split_sizes=(1, 2, 7, 7)),
+        slide_stages=(0,),
+    ),
+    'TwinsPCPVT': dict(type='mmslide.TwinsPCPVT', arch=dict(ARCH_SR, depths=(1, 1, 1, 1))),
+    'TwinsSVT': dict(type='mmslide.TwinsSVT', arch=ARCH_SR, slide_stages=(0, 1)),
+    'SlideNAT': dict(type='mmslide.SlideNAT', arch=dict(ARCH, depths=(1, 1, 1, 1)), slide_stages=(0,)),
+}
+
 
 def run(*command: object, check: bool = True, **kwargs: Any) -> Any:
     """A process's output, which must end well; without check its exit status and its output."""

@@ -13,7 +13,7 @@ from .checkpoint import load_model
 from .fuse import fuse
 from .graphs import PARTS, Exportable, part
 from .targets import Metadata, Target, Traced, find_target, require
-from .targets.images import MIN_SIDE, prepare, read_image
+from .targets.images import MIN_SIDE, normalize, prepare, read_image, to_pixels
 from .trace import trace
 
 IMAGE_SUFFIXES = {'.bmp', '.jpeg', '.jpg', '.png', '.webp'}
@@ -77,7 +77,10 @@ def export(
         for temporary, made in zip(companions, target.companions(path), strict=True):
             temporary.hardlink_to(made)
         shapes = [shape, *(other_shapes(shape) if dynamic else [])]
-        return compare(module, target, path, {**random_images(shapes), **prepared}, precision)
+        compared = {**random_images(shapes), **prepared}
+        if target.takes_pixels:
+            compared = {name: normalize(to_pixels(image, about), about) for name, image in compared.items()}
+        return compare(module, target, path, compared, precision)
 
 
 def check_arguments(

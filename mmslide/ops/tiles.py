@@ -71,7 +71,10 @@ def backward(
 
 
 def whole_map(q: Tensor, k: Tensor, v: Tensor, rpb: Tensor, scale: float, dropout_p: float) -> Tensor:
-    """All tiles at once, in operations whose sizes may be known at run time only: for export and forward mode."""
+    """All tiles at once, in operations whose sizes may be known at run time only: for export and forward mode.
+
+    More than five axes stand only between reshaping and permuting, which Core ML takes as one.
+    """
     height, width = q.shape[1:3]
     kernel_size = rpb.shape[-1] // 2 + 1
 
@@ -85,17 +88,17 @@ def whole_map(q: Tensor, k: Tensor, v: Tensor, rpb: Tensor, scale: float, dropou
         return query, key.clamp(max=side - 1), _bias_index(query, key[:, None], window, kernel_size)
 
     def pick(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        """(B, H, W, heads, d) to (B, tiles down, tiles across, heads, rows · columns of a tile, d)."""
-        x = x[:, rows][:, :, :, columns]  # (B, tiles down, rows, tiles across, columns, heads, d)
-        return x.permute(0, 1, 3, 5, 2, 4, 6).flatten(4, 5)
+        """(B, H, W, heads, d) to (B, tiles, heads, rows · columns of a tile, d)."""
+        x = x[:, rows.flatten()][:, :, columns.flatten()].unflatten(2, columns.shape).unflatten(1, rows.shape)
+        return x.permute(0, 1, 3, 5, 2, 4, 6).flatten(4, 5).flatten(1, 2)  # (B, down, rows, across, columns, heads, d)
 
     (query_y, key_y, bias_y), (query_x, key_x, bias_x) = positions(height), positions(width)
     queries, keys, values = pick(q, query_y, query_x), pick(k, key_y, key_x), pick(v, key_y, key_x)
     table = F.pad(rpb.to(wide(q)), (0, 1, 0, 1), value=float('-inf'))
-    bias = table[:, bias_y][..., bias_x].permute(1, 4, 0, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4)
+    bias = table[:, bias_y][..., bias_x].permute(1, 4, 0, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4).flatten(0, 1)
     attention = F.dropout((scale * queries @ keys.mT + bias).softmax(-1), dropout_p).to(q.dtype)
-    out = (attention @ values).unflatten(4, (TILE, TILE)).permute(0, 1, 4, 2, 5, 3, 6)
-    return out.flatten(3, 4).flatten(1, 2)[:, :height, :width]
+    out = (attention @ values).unflatten(3, (TILE, TILE)).unflatten(1, (query_y.shape[0], query_x.shape[0]))
+    return out.permute(0, 1, 4, 2, 5, 3, 6).flatten(3, 4).flatten(1, 2)[:, :height, :width]
 
 
 def _windows(position: Tensor, side: int, kernel_size: int) -> Tensor:

@@ -6,12 +6,14 @@ The package needs NumPy (and OpenCV for `images`) alone; each target imports its
 from pathlib import Path
 
 from .base import Metadata, Runner, Target, Traced, missing_packages, require
+from .coreml import CoreMl
 from .executorch import ExecuTorch
 from .onnx import Onnx
 from .openvino import OpenVino
 from .torch_export import TorchExport
 
-TARGETS: dict[str, Target] = {target.suffix: target for target in (Onnx(), OpenVino(), TorchExport(), ExecuTorch())}
+_TARGETS: list[Target] = [Onnx(), OpenVino(), ExecuTorch(), CoreMl(), TorchExport()]
+TARGETS: dict[str, Target] = {target.suffix: target for target in _TARGETS}
 
 __all__ = ['TARGETS', 'Metadata', 'Runner', 'Target', 'Traced', 'find_target', 'missing_packages', 'require']
 

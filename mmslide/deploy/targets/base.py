@@ -56,6 +56,8 @@ class Target:
         runtime_precisions: others that the runtime may choose by itself, likewise.
         any_size: whether a file can take every size.
         takes_detectors: whether NMS and RoIAlign exist there.
+        takes_pixels: whether the file normalizes the image itself. Its Runner takes a normalized one like the others,
+            and rounds it to pixels.
         is_folder: whether the file is a folder.
     """
 
@@ -68,6 +70,7 @@ class Target:
     runtime_precisions: ClassVar[Mapping[str, float]] = {}
     any_size: ClassVar[bool] = False
     takes_detectors: ClassVar[bool] = False
+    takes_pixels: ClassVar[bool] = False
     is_folder: ClassVar[bool] = False
 
     def companions(self, path: Path) -> list[Path]:

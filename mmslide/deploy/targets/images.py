@@ -43,8 +43,20 @@ def prepare(image: np.ndarray, metadata: Metadata, shape: tuple[int, int] | None
     padded = shape or [max(MIN_SIDE, -(-side // divisor) * divisor) for side in (height, width)]
     ordered = image[..., ::-1] if metadata['bgr_to_rgb'] else image
     out = np.full((1, 3, *padded), metadata['pad_value'], np.float32)
-    out[0, :, :height, :width] = ((ordered - np.array(metadata['mean'])) / metadata['std']).transpose(2, 0, 1)
+    out[..., :height, :width] = normalize(ordered, metadata)
     return out, (height, width)
+
+
+def normalize(pixels: np.ndarray, metadata: Metadata) -> np.ndarray:
+    """(H, W, 3), 0 to 255, in the model's order of channels, to its input (1, 3, H, W), float32."""
+    image = (pixels - np.array(metadata['mean'])) / metadata['std']
+    return image.transpose(2, 0, 1)[None].astype(np.float32)
+
+
+def to_pixels(image: np.ndarray, metadata: Metadata) -> np.ndarray:
+    """The inverse of `normalize`, rounded and clipped to uint8."""
+    pixels = image[0].transpose(1, 2, 0) * metadata['std'] + metadata['mean']
+    return pixels.round().clip(0, 255).astype(np.uint8)
 
 
 def _cropped(image: np.ndarray, shape: tuple[int, int], ratio: float) -> np.ndarray:
