@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from coremltools.converters.mil.frontend.milproto.load import load
+from coremltools.converters.mil.mil.types import builtin_to_string
 from coremltools.models import MLModel
 from torch import Tensor
 
@@ -26,6 +27,10 @@ def constants(model: MLModel) -> list[np.ndarray]:
     """The arrays of floating-point numbers among them."""
     values = [op.outputs[0].val for op in _program(model) if op.op_type == 'const']
     return [value for value in values if isinstance(value, np.ndarray) and value.dtype.kind == 'f']
+
+
+def type_of(var: Any) -> str:
+    return builtin_to_string(var.dtype)
 
 
 def _program(model: MLModel) -> list[Any]:

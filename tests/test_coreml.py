@@ -83,7 +83,7 @@ def assert_taken_by_the_neural_engine(path, outputs, precision='fp16'):
         for output in op.outputs:
             assert all(isinstance(side, int) for side in output.shape)
             assert len(output.shape) <= 5
-            assert output.dtype.__name__ == ('int32' if op.op_type == 'reduce_argmax' else precision), op
+            assert mil.type_of(output) == ('int32' if op.op_type == 'reduce_argmax' else precision), op
     assert [op.inputs['x'].name for op in operations if op.op_type == 'cast'] == ['image'] * (precision == 'fp16')
 
 
