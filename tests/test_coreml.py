@@ -31,7 +31,6 @@ CLASSIFIER = dict(
     head=dict(type='LinearClsHead', num_classes=5, in_channels=128),
 )
 SHAPE = (70, 99)
-NAT = pytest.param('SlideNAT', marks=pytest.mark.xfail(strict=True, reason='q, k and v are split on a sixth axis'))
 # Of MIL's operators, those that the neural engine was seen to take, as measured by others (the op catalog of ANEForge,
 # hollance/neural-engine), since Apple has no list. upsample_bilinear is emulated before the A14.
 NEURAL_ENGINE = """
@@ -148,7 +147,7 @@ def test_a_damaged_package(runtime, tmp_path):
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize('backbone', [*(name for name in BACKBONES if name != 'SlideNAT'), NAT])
+@pytest.mark.parametrize('backbone', BACKBONES)
 def test_backbones(backbone, runtime, tmp_path):
     config, checkpoint = classifier(tmp_path, backbone)
     out = tmp_path / 'x.mlpackage'

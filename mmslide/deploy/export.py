@@ -181,7 +181,7 @@ def compare(
         RuntimeError: they do not, or the graph does not run.
     """
     if reason := target.why_not_run():
-        return [f'not compared, since {reason}: compare it on a machine that can run it, by tools/run_exported.py']
+        return [f'not compared, since {reason}: export it on a machine that can run it to compare']
     wanted = {name: reference(module, image) for name, image in images.items()}
     lines = []
     for chosen, tolerance in [(None, target.precisions[precision]), *target.available_precisions().items()]:

@@ -39,7 +39,7 @@ class NeighborhoodAttention(Attention):
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[1:3]
         padded = F.pad(x, (0, 0, 0, self._missing(width), 0, self._missing(height)))
-        q, k, v = self.qkv(padded).unflatten(-1, (3, self.num_heads, -1)).unbind(3)
+        q, k, v = (x.unflatten(-1, (self.num_heads, -1)) for x in self.qkv(padded).chunk(3, dim=-1))
         out = self.attend(q, k, v).flatten(3)
         return self.proj_drop(self.proj(out[:, :height, :width]))
 
