@@ -61,7 +61,9 @@ def lower(traced: Traced) -> Any:
 
 def for_xnnpack(program: Any) -> Any:
     """The program in operators that XNNPACK takes, where PyTorch's own decompositions lead to others."""
-    lowered = program.run_decompositions(decompositions())
+    from executorch.exir.passes.constant_prop_pass import constant_prop_pass
+
+    lowered = constant_prop_pass(program.run_decompositions(decompositions()))
     for node in lowered.graph.nodes:
         # Where nodes come from is copied again and again, which takes most of the time of lowering.
         node.meta = {key: value for key, value in node.meta.items() if key == 'val'}
@@ -76,8 +78,10 @@ def decompositions() -> dict[Any, Callable]:
 
     def matmul(x: Tensor, y: Tensor) -> Tensor:
         """PyTorch's expands a matrix to as many copies as x has pixels."""
-        if min(x.ndim, y.ndim) < 2:
-            return aten.matmul.default.decompose(x, y)
+        if y.ndim == 1:
+            return matmul(x, y[:, None]).squeeze(-1)
+        if x.ndim == 2 < y.ndim:
+            return matmul(y.mT, x.mT).mT
         if y.ndim == 2:
             return torch.mm(x.reshape(-1, x.shape[-1]), y).view(*x.shape[:-1], y.shape[-1])
         batch = torch.broadcast_shapes(x.shape[:-2], y.shape[:-2])
@@ -96,9 +100,10 @@ def decompositions() -> dict[Any, Callable]:
         enable_gqa: bool = False,
     ) -> Tensor:
         """PyTorch's looks for rows without a finite number."""
-        if is_causal or enable_gqa or (mask is not None and mask.dtype == torch.bool):
-            settings: dict[str, Any] = dict(scale=scale, enable_gqa=enable_gqa)
-            return aten.scaled_dot_product_attention.default.decompose(q, k, v, mask, dropout, is_causal, **settings)
+        if is_causal or enable_gqa:
+            raise ValueError(f'attention with {is_causal=}, {enable_gqa=} cannot be exported to {ExecuTorch.suffix}')
+        if mask is not None and mask.dtype == torch.bool:
+            mask = torch.where(mask, 0.0, -1e30)  # not infinity, of which a row alone gives NaN
         logits = matmul(q * (q.shape[-1] ** -0.5 if scale is None else scale), k.mT)
         return matmul((logits if mask is None else logits + mask).softmax(-1), v)
 
@@ -119,7 +124,7 @@ def decompositions() -> dict[Any, Callable]:
     def pad(x: Tensor, pads: list[int], mode: str = 'constant', value: float | None = None) -> Tensor:
         """Negative ones as slices."""
         if mode != 'constant':
-            return aten.pad.default.decompose(x, pads, mode, value)
+            return aten._pad_enum.default(x, pads, ('constant', 'reflect', 'replicate', 'circular').index(mode), value)
         for axis, (before, after) in enumerate(zip(pads[::2], pads[1::2], strict=True), 1):
             start = max(0, -before)
             if start or after < 0:
