@@ -79,22 +79,16 @@ def traced_part(config, checkpoint, name, shape, dynamic=False):
     return Traced(trace(module, shape, dynamic), metadata(cfg, meta, module, name, None if dynamic else shape))
 
 
-SLOW_TARGETS = {'.pte'}  # tested in a file of their own
+# In float32, on any image; ExecuTorch and Core ML are tested in files of their own.
+SUFFIXES = ['.onnx', *(pytest.param(suffix, marks=pytest.mark.exhaustive) for suffix in ('.xml', '.pt2'))]
 
 
-def exact_targets(dynamic):
-    """Those that run here, in float32 on any image."""
-    targets = [x for x in TARGETS.values() if not x.why_not_run() and not x.takes_pixels]
-    return [x for x in targets if x.suffix not in SLOW_TARGETS and (x.any_size or not dynamic)]
-
-
-def written(traced, folder):
-    """A function from tensor to tensors for each target."""
-    for target in exact_targets(traced.metadata['shape'] is None):
-        path = folder / f'x{target.suffix}'
-        target.write(traced, path)
-        runner = target.load(path)
-        yield lambda image, run=runner.run: [torch.from_numpy(x) for x in run(image.numpy()).values()]
+def written(traced, suffix, folder):
+    """A file, as a function from tensor to tensors."""
+    path, target = folder / f'x{suffix}', TARGETS[suffix]
+    target.write(traced, path)
+    runner = target.load(path)
+    return lambda image: [torch.from_numpy(x) for x in runner.run(image.numpy()).values()]
 
 
 def about(cfg, meta):
@@ -110,62 +104,71 @@ def unfused(model):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize('suffix', SUFFIXES)
 @pytest.mark.parametrize('backbone', BACKBONES)
 @pytest.mark.parametrize('dynamic', [False, True], ids=['fixed', 'dynamic'])
-def test_backbones(backbone, dynamic, save, tmp_path):
-    config, checkpoint, model = save(backbone)
-    traced = traced_part(config, checkpoint, 'backbone', (70, 99), dynamic)
-    reference = unfused(model.backbone)
-    for run in written(traced, tmp_path):
-        for size in SIZES if dynamic else [(70, 99)]:
-            image = torch.randn(1, 3, *size)
-            with torch.no_grad():
-                wanted = reference(image.double())
-            for value, stage in zip(run(image), wanted, strict=True):
-                assert relative_error(value, stage) < 1e-5, size
-
-    graph = onnx.load(tmp_path / 'x.onnx')
-    assert [(x.domain, x.version <= 20) for x in graph.opset_import] == [('', True)]
-    assert not graph.functions
-    assert not {node.op_type for node in graph.graph.node} & {'If', 'Loop', 'Scan'}
+def test_backbones(backbone, dynamic, suffix, save, tmp_path):
+    assert_backbone(backbone, dynamic, suffix, save, tmp_path)
+    if suffix == '.onnx':
+        graph = onnx.load(tmp_path / 'x.onnx')
+        assert [(x.domain, x.version <= 20) for x in graph.opset_import] == [('', True)]
+        assert not graph.functions
+        assert not {node.op_type for node in graph.graph.node} & {'If', 'Loop', 'Scan'}
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize('suffix', ['.xml', '.pt2'])
+def test_a_backbone_in_other_formats(suffix, save, tmp_path):
+    assert_backbone('SlideSwin', True, suffix, save, tmp_path)
+
+
+def assert_backbone(backbone, dynamic, suffix, save, folder):
+    config, checkpoint, model = save(backbone)
+    run = written(traced_part(config, checkpoint, 'backbone', (70, 99), dynamic), suffix, folder)
+    reference = unfused(model.backbone)
+    for size in SIZES if dynamic else [(70, 99)]:
+        image = torch.randn(1, 3, *size)
+        with torch.no_grad():
+            wanted = reference(image.double())
+        for value, stage in zip(run(image), wanted, strict=True):
+            assert relative_error(value, stage) < 1e-5, size
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('suffix', SUFFIXES)
 @pytest.mark.parametrize('head', SEGMENTORS)
 @pytest.mark.parametrize('dynamic', [False, True], ids=['fixed', 'dynamic'])
-def test_segmentors(head, dynamic, save, tmp_path):
+def test_segmentors(head, dynamic, suffix, save, tmp_path):
     """Against what mmseg predicts."""
     config, checkpoint, model = save('TwinsPCPVT', head)
-    traced = traced_part(config, checkpoint, 'model', (70, 99), dynamic)
+    run = written(traced_part(config, checkpoint, 'model', (70, 99), dynamic), suffix, tmp_path)
     reference = unfused(model)
-    for run in written(traced, tmp_path):
-        for size in [(70, 99), *(SIZES if dynamic else [])]:
-            image = torch.randn(1, 3, *size)
-            with torch.no_grad():
-                (wanted,) = reference.predict(image.double())
-            logits, labels = run(image)
-            assert relative_error(logits[0], wanted.seg_logits.data) < 1e-5, size
-            assert labels.dtype == torch.int64
-            assert torch.equal(labels, logits.argmax(1))
-            assert (labels == wanted.pred_sem_seg.data).double().mean() > 1 - 1e-3
-    for target in exact_targets(dynamic):
-        assert_draws(tmp_path / f'x{target.suffix}', tmp_path)
+    for size in [(70, 99), *(SIZES if dynamic else [])]:
+        image = torch.randn(1, 3, *size)
+        with torch.no_grad():
+            (wanted,) = reference.predict(image.double())
+        logits, labels = run(image)
+        assert relative_error(logits[0], wanted.seg_logits.data) < 1e-5, size
+        assert labels.dtype == torch.int64
+        assert torch.equal(labels, logits.argmax(1))
+        assert (labels == wanted.pred_sem_seg.data).double().mean() > 1 - 1e-3
+    assert_draws(tmp_path / f'x{suffix}', tmp_path)
 
 
 @pytest.mark.slow
-def test_features(save, tmp_path):
+@pytest.mark.parametrize('suffix', SUFFIXES)
+def test_features(suffix, save, tmp_path):
     """Backbone and neck, at every size."""
     config, checkpoint, model = save('TwinsPCPVT', 'FPNHead')
     traced = traced_part(config, checkpoint, 'features', (70, 99), dynamic=True)
     assert traced.metadata['outputs'] == ['level1', 'level2', 'level3', 'level4']
-    reference = unfused(model)
-    for run in written(traced, tmp_path):
-        for size in [(70, 99), *SIZES]:
-            image = torch.randn(1, 3, *size)
-            with torch.no_grad():
-                wanted = reference.extract_feat(image.double())
-            for value, level in zip(run(image), wanted, strict=True):
-                assert relative_error(value, level) < 1e-5, size
+    run, reference = written(traced, suffix, tmp_path), unfused(model)
+    for size in [(70, 99), *SIZES]:
+        image = torch.randn(1, 3, *size)
+        with torch.no_grad():
+            wanted = reference.extract_feat(image.double())
+        for value, level in zip(run(image), wanted, strict=True):
+            assert relative_error(value, level) < 1e-5, size
 
 
 def assert_draws(exported, folder):

@@ -19,6 +19,8 @@ from .trace import trace
 IMAGE_SUFFIXES = {'.bmp', '.jpeg', '.jpg', '.png', '.webp'}
 # Of a calibration folder; more change the ranges little and take long.
 MAX_CALIBRATION = 128
+# Of these.
+MAX_COMPARED = 8
 
 
 def export(
@@ -48,7 +50,8 @@ def export(
         calibration: a folder of images, that int8 takes its ranges from.
 
     Returns:
-        A line for each image that was compared: random ones of `shape`, and if dynamic of three other sizes; images.
+        A line for each image that was compared: random ones of `shape`, and if dynamic of three other sizes, or for
+        int8 eight of the calibration; images.
 
     Raises:
         ValueError: an argument does not fit, or see `load_model`.
@@ -60,7 +63,7 @@ def export(
     target = find_target(out)
     precision = precision or next(iter(target.precisions))
     check_arguments(target, name, shape, dynamic, precision, calibration)
-    require(target, target.write_packages)
+    require(target, [*target.write_packages, *(target.int8_packages if precision == 'int8' else ())])
     outs = [Path(out), *target.companions(Path(out))]
     inputs = [find_config(config), checkpoint, *images]
     with atomic_write(*outs, inputs=inputs, folders=target.is_folder) as (path, *companions):
@@ -72,12 +75,14 @@ def export(
             raise ValueError('a whole detector is exported for one size; its backbone and its features can be dynamic')
         about = metadata(cfg, meta, module, name, None if dynamic else shape)
         prepared = {str(file): prepare(read_image(file), about, shape)[0] for file in images}
-        ranges = [prepare(read_image(file), about, shape)[0] for file in calibration_files(calibration)]
-        target.write(Traced(trace(module, shape, dynamic), about, precision, ranges), path)
+        ranges = {str(file): prepare(read_image(file), about, shape)[0] for file in calibration_files(calibration)}
+        target.write(Traced(trace(module, shape, dynamic), about, precision, list(ranges.values())), path)
         for temporary, made in zip(companions, target.companions(path), strict=True):
             temporary.hardlink_to(made)
         shapes = [shape, *(other_shapes(shape) if dynamic else [])]
-        compared = {**random_images(shapes), **prepared}
+        # Random numbers are outside the ranges of int8.
+        compared = {name: ranges[name] for name in spread(list(ranges), MAX_COMPARED)} or random_images(shapes)
+        compared |= prepared
         if target.takes_pixels:
             compared = {name: normalize(to_pixels(image, about), about) for name, image in compared.items()}
         return compare(module, target, path, compared, precision)
@@ -97,6 +102,8 @@ def check_arguments(
         raise ValueError(f'{target.suffix} takes one size only: leave out dynamic')
     if (precision == 'int8') != (calibration is not None):
         raise ValueError("precision='int8' needs calibration, a folder of images, and no other precision takes one")
+    if dynamic and precision == 'int8':
+        raise ValueError("precision='int8' takes one size only: leave out dynamic")
 
 
 def metadata(
@@ -142,7 +149,7 @@ def resizing(cfg: Config) -> dict[str, Any]:
     return {'resize': 'crop', 'resize_ratio': ratio}
 
 
-def calibration_files(folder: str | Path | None) -> list[Path]:
+def calibration_files(folder: str | Path | None) -> Sequence[Path]:
     """Up to 128 images of a folder, evenly spread over their sorted names.
 
     Raises:
@@ -153,7 +160,12 @@ def calibration_files(folder: str | Path | None) -> list[Path]:
     files = sorted(path for path in Path(folder).rglob('*') if path.suffix.lower() in IMAGE_SUFFIXES)
     if not files:
         raise ValueError(f'{folder} is not a folder with images ({", ".join(sorted(IMAGE_SUFFIXES))})')
-    return files[:: -(-len(files) // MAX_CALIBRATION)]
+    return spread(files, MAX_CALIBRATION)
+
+
+def spread(items: Sequence[Any], limit: int) -> Sequence[Any]:
+    """At most `limit` of them, evenly spread."""
+    return items[:: -(-len(items) // limit) or 1]
 
 
 def other_shapes(shape: tuple[int, int]) -> Iterator[tuple[int, int]]:

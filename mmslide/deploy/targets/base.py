@@ -12,6 +12,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 Metadata = dict[str, Any]
+# Largest relative error of an output, for targets with int8.
+INT8 = 0.15
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class Target:
         runtime: its name.
         extra: of the package, `pip install 'mmslide[extra]'`.
         write_packages, run_packages: modules that must be installed.
+        int8_packages: others that writing int8 takes.
         precisions: what can be written, the default first, each with the largest relative error of an output.
         runtime_precisions: others that the runtime may choose by itself, likewise.
         any_size: whether a file can take every size.
@@ -66,6 +69,7 @@ class Target:
     extra: ClassVar[str]
     write_packages: ClassVar[Sequence[str]] = ()
     run_packages: ClassVar[Sequence[str]] = ()
+    int8_packages: ClassVar[Sequence[str]] = ()
     precisions: ClassVar[Mapping[str, float]] = {'fp32': 1e-4}
     runtime_precisions: ClassVar[Mapping[str, float]] = {}
     any_size: ClassVar[bool] = False

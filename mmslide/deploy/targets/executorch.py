@@ -124,7 +124,7 @@ def decompositions() -> dict[Any, Callable]:
     def pad(x: Tensor, pads: list[int], mode: str = 'constant', value: float | None = None) -> Tensor:
         """Negative ones as slices."""
         if mode != 'constant':
-            return aten._pad_enum.default(x, pads, ('constant', 'reflect', 'replicate', 'circular').index(mode), value)
+            return aten._pad_enum.default(x, pads, ('reflect', 'replicate', 'circular').index(mode), value)
         for axis, (before, after) in enumerate(zip(pads[::2], pads[1::2], strict=True), 1):
             start = max(0, -before)
             if start or after < 0:

@@ -1,12 +1,13 @@
 """OpenVINO IR, converted from the ONNX graph."""
 
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from .base import Runner, Target, Traced, require
-from .onnx import to_onnx
+from .base import INT8, Runner, Target, Traced, require
+from .onnx import layers, to_onnx
 
 KEY = 'mmslide'
 
@@ -17,7 +18,8 @@ class OpenVino(Target):
     extra = 'openvino'
     write_packages = ('openvino', 'onnx', 'onnxscript')
     run_packages = ('openvino',)
-    precisions: ClassVar = {'fp32': 1e-4, 'fp16': 2e-2}
+    int8_packages = ('nncf',)
+    precisions: ClassVar = {'fp32': 1e-4, 'fp16': 2e-2, 'int8': INT8}
     runtime_precisions: ClassVar = {'bf16': 1e-1}
     any_size = True
     takes_detectors = True
@@ -28,15 +30,12 @@ class OpenVino(Target):
     def write(self, traced: Traced, path: Path) -> None:
         import openvino
 
-        model = self.to_model(traced)
+        proto = to_onnx(traced).model_proto
+        model = openvino.Core().read_model(proto.SerializeToString())
+        if traced.precision == 'int8':
+            model = quantize(model, layers(proto), traced)
         model.set_rt_info(json.dumps(traced.metadata), KEY)
         openvino.save_model(model, path, compress_to_fp16=traced.precision == 'fp16')
-
-    @staticmethod
-    def to_model(traced: Traced) -> Any:
-        import openvino
-
-        return openvino.Core().read_model(to_onnx(traced).model_proto.SerializeToString())
 
     def load(self, path: Path, threads: int | None = None, precision: str | None = None) -> Runner:
         require(self, self.run_packages)
@@ -62,6 +61,21 @@ class OpenVino(Target):
 
         known = openvino.Core().get_property('CPU', 'OPTIMIZATION_CAPABILITIES')
         return {name: bound for name, bound in self.runtime_precisions.items() if name.upper() in known}
+
+
+def quantize(model: Any, layers: Sequence[str], traced: Traced) -> Any:
+    """A model with these of its operations in int8, and all others in float32."""
+    import nncf
+
+    nncf.set_log_level(logging.ERROR)  # it would name every operation that stays
+    others = {operation.get_friendly_name() for operation in model.get_ops()}.difference(layers)
+    return nncf.quantize(
+        model,
+        nncf.Dataset(traced.calibration),
+        subset_size=len(traced.calibration),
+        model_type=nncf.ModelType.TRANSFORMER,
+        ignored_scope=nncf.IgnoredScope(sorted(others), validate=False),
+    )
 
 
 def _copy(output: Any) -> Any:
