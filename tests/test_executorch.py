@@ -22,7 +22,13 @@ SHAPE = (70, 99)  # no whole windows, so that maps are padded and cropped
 LEFT = {'aten.native_layer_norm.default', 'aten.sum.dim_IntList', 'executorch_call_delegate', 'getitem'}
 LEFT_IN = {
     'SlidePVTv2': {'aten._adaptive_avg_pool2d.default'},  # of PVTv2 Li
-    'SlideNAT': {'aten.index.Tensor'},  # the windows
+    # The windows, of which seven dimensions are more than XNNPACK's tensors have.
+    'SlideNAT': {
+        'aten.index.Tensor',
+        'aten.permute_copy.default',
+        'aten.view_copy.default',
+        'dim_order_ops._clone_dim_order.default',
+    },
     'UPerHead': {'aten.argmax.default'},
     'FPNHead': {'aten.argmax.default', 'aten.upsample_nearest2d.vec'},
 }

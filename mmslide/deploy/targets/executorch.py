@@ -10,6 +10,7 @@ import numpy as np
 from .base import Runner, Target, Traced, require
 
 METHOD = 'mmslide'  # returns the metadata as JSON
+MAX_DIMENSIONS = 6  # of XNNPACK's tensors
 
 
 class ExecuTorch(Target):
@@ -52,11 +53,23 @@ def lower(traced: Traced) -> Any:
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import to_edge_transform_and_lower
 
+    class Partitioner(XnnpackPartitioner):
+        """Leaves what has more dimensions than XNNPACK's tensors, which would fail when the file is loaded."""
+
+        def get_matched_nodes_from_configs(self, program: Any) -> list[Any]:
+            matches = super().get_matched_nodes_from_configs(program)
+            return [match for match in matches if all(map(fits_xnnpack, match))]
+
     return to_edge_transform_and_lower(
         for_xnnpack(traced.program),
-        partitioner=[XnnpackPartitioner()],
+        partitioner=[Partitioner()],
         constant_methods={METHOD: json.dumps(traced.metadata)},
     )
+
+
+def fits_xnnpack(node: Any) -> bool:
+    values = (x.meta['val'] for x in (node, *node.all_input_nodes))
+    return all(getattr(value, 'ndim', 0) <= MAX_DIMENSIONS for value in values)
 
 
 def for_xnnpack(program: Any) -> Any:
