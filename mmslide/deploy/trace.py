@@ -92,7 +92,9 @@ def fold_constants(module: GraphModule) -> None:
     for index, (node, value) in enumerate(values.items()):
         if node.op == 'get_attr' or not isinstance(value, Tensor) or all(user in values for user in node.users):
             continue
-        module.register_buffer(name := f'constant{index}', value.detach().contiguous())
+        # A copy, since exporters look past a slice into the memory that it is of.
+        value = value.detach().clone(memory_format=torch.contiguous_format)
+        module.register_buffer(name := f'constant{index}', value)
         with graph.inserting_before(node):
             node.replace_all_uses_with(graph.get_attr(name), delete_user_cb=lambda user: user not in values)
     graph.eliminate_dead_code()

@@ -47,15 +47,18 @@ class Onnx(Target):
 def to_onnx(traced: Traced) -> Any:
     """A torch.onnx.ONNXProgram."""
     import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    program = torch.onnx.export(
-        traced.program,
-        dynamo=True,
-        input_names=['image'],
-        output_names=list(traced.metadata['outputs']),
-        custom_translation_table=translations(),
-        verbose=False,
-    )
+    # The mathematical form of attention has the memory layout that is left after its decomposition.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        program = torch.onnx.export(
+            traced.program,
+            dynamo=True,
+            input_names=['image'],
+            output_names=list(traced.metadata['outputs']),
+            custom_translation_table=translations(),
+            verbose=False,
+        )
     assert program is not None
     program.model.metadata_props['mmslide'] = json.dumps(traced.metadata)
     return program

@@ -68,7 +68,9 @@ def quantize(model: Any, layers: Sequence[str], traced: Traced) -> Any:
     import nncf
 
     nncf.set_log_level(logging.ERROR)  # it would name every operation that stays
-    others = {operation.get_friendly_name() for operation in model.get_ops()}.difference(layers)
+    # A Conv of ONNX with a bias is two operations here.
+    names = {name for layer in layers for name in (layer, f'{layer}/WithoutBiases')}
+    others = {operation.get_friendly_name() for operation in model.get_ops()} - names
     return nncf.quantize(
         model,
         nncf.Dataset(traced.calibration),
