@@ -83,7 +83,7 @@ WAYS_IN = {
     'init_cfg': lambda path, out: backbone(init_cfg=dict(type='Pretrained', checkpoint=path)).init_weights(),
     'convert': lambda path, out: convert_checkpoint(path, out, 'mmslide'),
     'fuse': lambda path, out: fuse_checkpoint(CONFIG, path, out),
-    'export': lambda path, out: export(CONFIG, path, out, 'backbone', (64, 64)),
+    'export': lambda path, out: export(CONFIG, path, f'{out}.onnx', 'backbone', (64, 64)),
     'mmengine': lambda path, out: CheckpointLoader.load_checkpoint(path),
 }
 

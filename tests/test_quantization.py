@@ -59,7 +59,7 @@ def test_layers_are_quantized_and_all_else_is_not(suffix, save, images, tmp_path
     assert runner.run(np.zeros((1, 3, *SHAPE), np.float32))['labels'].shape == (1, *SHAPE)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize('suffix', INT8)
 def test_wrong_ranges_leave_no_file(suffix, save, images, tmp_path, monkeypatch):  # noqa: F811
     config, checkpoint, _ = save()

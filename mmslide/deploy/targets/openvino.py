@@ -41,6 +41,9 @@ class OpenVino(Target):
         require(self, self.run_packages)
         import openvino
 
+        with path.open('rb') as file:
+            if file.read(5) != b'<?xml':  # its frontends for other formats would all try and complain
+                raise RuntimeError(f'openvino cannot load {path}: it is not an IR')
         core = openvino.Core()
         settings: dict[str, Any] = {'INFERENCE_PRECISION_HINT': precision or 'f32'}
         if threads:
