@@ -78,7 +78,7 @@ def for_xnnpack(program: Any) -> Any:
 
     lowered = constant_prop_pass(program.run_decompositions(decompositions()))
     for node in lowered.graph.nodes:
-        # Where nodes come from is copied again and again, which takes most of the time of lowering.
+        # Where nodes come from is copied again and again, which takes much of the time of lowering.
         node.meta = {key: value for key, value in node.meta.items() if key == 'val'}
     return lowered
 
