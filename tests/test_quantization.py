@@ -17,7 +17,8 @@ from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize
 from mmslide.deploy import export as driver
 from mmslide.deploy import fuse
 from mmslide.deploy.export import calibration_files, export
-from mmslide.deploy.targets import TARGETS, Traced
+from mmslide.deploy.graphs import Exportable
+from mmslide.deploy.targets import TARGETS, Runner, Traced
 
 SHAPE = (64, 96)
 INT8 = [suffix for suffix, target in TARGETS.items() if 'int8' in target.precisions]
@@ -113,6 +114,32 @@ def test_fp16_halves_an_openvino_file(save, tmp_path):  # noqa: F811
     runs = [TARGETS['.xml'].load(tmp_path / f'{precision}.xml').run for precision in ('fp32', 'fp16')]
     for wanted, found in zip(*(run(image).values() for run in runs), strict=True):
         assert 0 < relative_error(torch.from_numpy(found), torch.from_numpy(wanted)) < 5e-3
+
+
+class Found(Exportable):
+    """Agrees by the value of the image."""
+
+    may_differ = 0.25
+
+    def forward(self, image):
+        return (image,)
+
+    def agreement(self, outputs, wanted, tolerance):
+        return bool(torch.equal(outputs[0], wanted[0])), 'is compared'
+
+
+@pytest.mark.parametrize(('precision', 'allowed'), [('fp32', 0), ('int8', 2)])
+def test_some_images_of_a_detector_may_differ_in_int8(precision, allowed, monkeypatch):
+    target = TARGETS['.onnx']
+    images = {str(index): np.full((1, 3, 1, 1), index, np.float32) for index in range(8)}
+    for wrong in (allowed, allowed + 1):
+        runner = Runner(lambda image, wrong=wrong: dict(y=image + (image < wrong)), {})
+        monkeypatch.setattr(type(target), 'load', lambda *_, runner=runner, **__: runner)
+        if wrong == allowed:
+            assert len(driver.compare(Found(), target, 'x', images, precision)) == 8
+        else:
+            with pytest.raises(RuntimeError, match='(?s)0: onnxruntime is compared.*'):
+                driver.compare(Found(), target, 'x', images, precision)
 
 
 def by_torch_ao(model):

@@ -2,11 +2,11 @@
 
 from typing import Any
 
-from .base import Exportable, ExportableBackbone, ExportableFeatures
+from .base import EXACT, Exportable, ExportableBackbone, ExportableFeatures
 
 PARTS = ('backbone', 'features', 'model')
 
-__all__ = ['PARTS', 'Exportable', 'ExportableBackbone', 'ExportableFeatures', 'part']
+__all__ = ['EXACT', 'PARTS', 'Exportable', 'ExportableBackbone', 'ExportableFeatures', 'part']
 
 
 def part(model: Any, name: str, shape: tuple[int, int]) -> Exportable:

@@ -4,6 +4,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+# Tolerance of float32.
+EXACT = 1e-4
+
 
 class Exportable(nn.Module):
     """A model as it is exported: the image (1, 3, H, W) to the outputs that are named.
@@ -12,11 +15,13 @@ class Exportable(nn.Module):
         output_names: of the outputs, in order.
         any_size: whether the graph can take every size.
         has_operators: whether it has operators that PyTorch lacks, see `mmslide.deploy.graphs.operators`.
+        may_differ: share of the compared images whose results may differ in less than float32.
     """
 
     output_names: Sequence[str] = ()
     any_size = True
     has_operators = False
+    may_differ = 0.0
 
     def agreement(self, outputs: Sequence[Tensor], wanted: Sequence[Tensor], tolerance: float) -> tuple[bool, str]:
         """Whether a runtime's outputs are PyTorch's, and how far they are apart, in words.
