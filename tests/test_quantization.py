@@ -138,7 +138,7 @@ def test_some_images_of_a_detector_may_differ_in_int8(precision, allowed, monkey
         if wrong == allowed:
             assert len(driver.compare(Found(), target, 'x', images, precision)) == 8
         else:
-            with pytest.raises(RuntimeError, match='(?s)0: onnxruntime is compared.*'):
+            with pytest.raises(RuntimeError, match=r'(?s)0: onnxruntime is compared.*'):
                 driver.compare(Found(), target, 'x', images, precision)
 
 
