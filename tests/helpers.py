@@ -40,6 +40,17 @@ BACKBONES = {
 }
 
 
+# Float32 up to opset 20 without control flow, in the lists of TensorRT 10.15 (docs/operators.md) and ONNX Runtime's
+# CUDA provider (docs/OperatorKernels.md).
+GPU_OPERATORS = """Add And ArgMax AveragePool Cast Clip Concat ConstantOfShape Conv ConvTranspose Div Equal Exp Expand
+    Floor Gather GatherElements GatherND Gelu Gemm GlobalAveragePool Greater GreaterOrEqual GridSample Identity
+    InstanceNormalization LayerNormalization Less LessOrEqual Log MatMul Max Min Mod Mul Neg Not Pad Pow Range ReduceMax
+    ReduceMean ReduceMin ReduceSum Relu Reshape Resize RoiAlign Shape Sigmoid Slice Softmax Split Sqrt Squeeze Sub Tile
+    TopK Transpose Unsqueeze Where"""
+# TensorRT has it; ONNX Runtime runs it on the CPU.
+GPU_EXCEPTIONS = {'NonMaxSuppression'}
+
+
 def run(*command: object, check: bool = True, **kwargs: Any) -> Any:
     """A process's output, which must end well; without check its exit status and its output."""
     result = subprocess.run([str(x) for x in command], capture_output=True, text=True, timeout=600, **kwargs)
@@ -51,6 +62,17 @@ def run(*command: object, check: bool = True, **kwargs: Any) -> Any:
 def tool(name: str, *arguments: object, **kwargs: Any) -> Any:
     """`run` with a script of tools/."""
     return run(sys.executable, TOOLS / f'{name}.py', *arguments, **kwargs)
+
+
+def assert_gpu_operators(model: Any) -> None:
+    """Whether TensorRT and ONNX Runtime's CUDA provider know the operators of an ONNX model, by their lists."""
+    assert [(x.domain, x.version <= 20) for x in model.opset_import] == [('', True)]
+    assert not model.functions
+    assert {node.op_type for node in model.graph.node} <= {*GPU_OPERATORS.split(), *GPU_EXCEPTIONS}
+    # TensorRT asks for initializers here.
+    constants = {x.name for x in model.graph.initializer}
+    reduced = [node.input[1:] for node in model.graph.node if node.op_type.startswith('Reduce')]
+    assert {name for names in reduced for name in names} <= constants
 
 
 def relative_error(value: Tensor, reference: Tensor) -> float:

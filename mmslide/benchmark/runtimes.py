@@ -20,6 +20,7 @@ from mmslide.deploy.export import compare, metadata, random_images
 from mmslide.deploy.graphs import part
 from mmslide.deploy.targets import TARGETS, Runner, Target, Traced
 from mmslide.deploy.trace import trace
+from mmslide.models.pyramid import Pyramid
 
 # The peak of a process that runs a file, above what it has when the runtime is loaded.
 MEMORY = """
@@ -94,7 +95,9 @@ def measure_exported(
     Raises:
         RuntimeError: a file's results differ from PyTorch's.
     """
-    modules: list[Any] = [part(fuse(build_model(config).eval()), name, shape) for config in configs]
+    models: list[Any] = [build_model(config).eval() for config in configs]
+    # A baseline may be of another package.
+    modules = [part(fuse(x) if isinstance(x.backbone, Pyramid) else x, name, shape) for x in models]
     results = {}
     with TemporaryDirectory() as folder:
         traced = [

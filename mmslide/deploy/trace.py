@@ -51,9 +51,48 @@ def trace(module: Exportable, shape: tuple[int, int], dynamic: bool = False) -> 
             program.graph_module.recompile()
             return program
         simplified: Any = program.run_decompositions({}).module()
+        flatten_maps(simplified)
         split_projections(simplified)
         fold_constants(simplified)
         return torch.export.export(simplified, **settings)
+
+
+def flatten_maps(module: GraphModule) -> None:
+    """Adds and normalizes maps (1, H, W, C) as tokens (1, H·W, C), in place.
+
+    Runtimes take four axes for (N, C, H, W), and order them in memory accordingly.
+    """
+    aten, graph = torch.ops.aten, module.graph
+    tokens = dict[torch.fx.Node, torch.fx.Node]()  # of maps that are computed so
+    norms = {
+        node
+        for node in graph.find_nodes(op='call_function', target=aten.layer_norm.default)
+        if node.meta['val'].ndim == 4 and node.args[1] == [node.meta['val'].shape[-1]]
+    }
+    for node in list(graph.nodes):
+        sources = node.all_input_nodes
+        if node in norms:
+            maps = sources[:1]
+        elif (
+            node.target is aten.add.Tensor
+            and node.meta['val'].ndim == 4
+            and all(x.meta['val'].shape == node.meta['val'].shape for x in sources)
+            and (any(x in tokens for x in sources) or any(x in norms for x in node.users))
+        ):
+            maps = sources
+        else:
+            continue
+        with graph.inserting_before(node):
+            flat = {x: tokens.get(x) or graph.call_function(aten.flatten.using_ints, (x, 1, 2)) for x in maps}
+            computed = graph.node_copy(node)
+            for x in maps:
+                computed.replace_input_with(x, flat[x])
+            shaped = graph.call_function(aten.unflatten.int, (computed, 1, list(node.meta['val'].shape[1:3])))
+        shaped.meta = node.meta
+        tokens[shaped] = computed
+        node.replace_all_uses_with(shaped)
+        graph.erase_node(node)
+    graph.eliminate_dead_code()
 
 
 def split_projections(module: GraphModule) -> None:
@@ -99,3 +138,7 @@ def fold_constants(module: GraphModule) -> None:
             node.replace_all_uses_with(graph.get_attr(name), delete_user_cb=lambda user: user not in values)
     graph.eliminate_dead_code()
     module.recompile()
+    used = {node.target for node in graph.find_nodes(op='get_attr')}
+    for name in {name for name, _ in (*module.named_parameters(), *module.named_buffers())} - used:
+        owner, _, attribute = name.rpartition('.')
+        delattr(module.get_submodule(owner), attribute)  # would be saved
