@@ -56,8 +56,8 @@ class WindowAttentionBase(Attention):
         The mask broadcasts to (windows, heads, h·w, h·w): True for attend, or numbers to add to the logits.
         """
         count, height, width, channels = windows.shape
-        qkv = self.qkv(windows).flatten(1, 2).unflatten(-1, (3, self.num_heads, -1))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        parts = self.qkv(windows.flatten(1, 2)).chunk(3, dim=-1)
+        q, k, v = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in parts)
         if mask is not None and mask.is_floating_point():
             mask = mask.to(q.dtype)
         dropout_p = self.attn_drop_rate if self.training else 0.0
