@@ -44,9 +44,9 @@ BACKBONES = {
 # CUDA provider (docs/OperatorKernels.md).
 GPU_OPERATORS = """Add And ArgMax AveragePool Cast Clip Concat ConstantOfShape Conv ConvTranspose Div Equal Exp Expand
     Floor Gather GatherElements GatherND Gelu Gemm GlobalAveragePool Greater GreaterOrEqual GridSample Identity
-    InstanceNormalization LayerNormalization Less LessOrEqual Log MatMul Max Min Mod Mul Neg Not Pad Pow Range ReduceMax
-    ReduceMean ReduceMin ReduceSum Relu Reshape Resize RoiAlign Shape Sigmoid Slice Softmax Split Sqrt Squeeze Sub Tile
-    TopK Transpose Unsqueeze Where"""
+    InstanceNormalization IsNaN LayerNormalization Less LessOrEqual Log MatMul Max MaxPool Min Mod Mul Neg Not Pad Pow
+    Range ReduceMax ReduceMean ReduceMin ReduceSum Relu Reshape Resize RoiAlign Shape Sigmoid Slice Softmax Split Sqrt
+    Squeeze Sub Tile TopK Transpose Unsqueeze Where"""
 # TensorRT has it; ONNX Runtime runs it on the CPU.
 GPU_EXCEPTIONS = {'NonMaxSuppression'}
 
@@ -68,11 +68,13 @@ def assert_gpu_operators(model: Any) -> None:
     """Whether TensorRT and ONNX Runtime's CUDA provider know the operators of an ONNX model, by their lists."""
     assert [(x.domain, x.version <= 20) for x in model.opset_import] == [('', True)]
     assert not model.functions
-    assert {node.op_type for node in model.graph.node} <= {*GPU_OPERATORS.split(), *GPU_EXCEPTIONS}
+    unknown = {node.op_type for node in model.graph.node} - {*GPU_OPERATORS.split(), *GPU_EXCEPTIONS}
+    assert not unknown, unknown
     # TensorRT asks for initializers here.
     constants = {x.name for x in model.graph.initializer}
     reduced = [node.input[1:] for node in model.graph.node if node.op_type.startswith('Reduce')]
-    assert {name for names in reduced for name in names} <= constants
+    variable = {name for names in reduced for name in names} - constants
+    assert not variable, variable
 
 
 def relative_error(value: Tensor, reference: Tensor) -> float:
