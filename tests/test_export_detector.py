@@ -274,7 +274,7 @@ def test_dynamic_is_refused(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('kind', ['mask-rcnn', 'cascade', 'retinanet'])
+@pytest.mark.parametrize('kind', ['mask-rcnn', pytest.param('cascade', marks=pytest.mark.exhaustive), 'retinanet'])
 def test_tools_from_a_checkpoint_to_a_picture(kind, tmp_path):
     """From file to file: run_exported prints and draws what mmdet finds."""
     config_file, checkpoint = saved(kind, tmp_path)
