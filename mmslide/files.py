@@ -127,13 +127,13 @@ def _replace_all(temporaries: Sequence[Path], targets: Sequence[Path]) -> None:
     existed = [target.exists() for target in targets]
     backups = [temporary.parent / BACKUP for temporary in temporaries]
     for temporary, target, backup, exists in zip(temporaries, targets, backups, existed, strict=True):
-        if exists:
-            os.chmod(temporary, stat.S_IMODE(target.stat().st_mode))
-            if target.is_file() and len(targets) > 1:
-                shutil.copy2(target, backup)
         if temporary.is_file():
             with temporary.open('rb+') as file:
                 os.fsync(file.fileno())
+        if exists:  # afterwards, since it may not be writable
+            os.chmod(temporary, stat.S_IMODE(target.stat().st_mode))
+            if target.is_file() and len(targets) > 1:
+                shutil.copy2(target, backup)
     with ExitStack() as undo:
         for temporary, target, backup, exists in zip(temporaries, targets, backups, existed, strict=True):
             if target.is_dir():  # which cannot be replaced while it has files

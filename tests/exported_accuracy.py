@@ -32,7 +32,7 @@ def evaluate(config: str | Path, path: str | Path) -> dict[str, float]:
 
     def run(image: Tensor) -> dict[str, Tensor]:
         """Images of less than the graph's size are padded."""
-        shape = exported.metadata['shape'] or image.shape[2:]
+        shape = image.shape[2:] if exported.metadata['dynamic'] else exported.metadata['shape']
         missing = [side - given for side, given in zip(shape, image.shape[2:], strict=True)]
         padded = F.pad(image, (0, missing[1], 0, missing[0]), value=exported.metadata['pad_value'])
         return {name: torch.from_numpy(x) for name, x in exported.run(padded.numpy()).items()}

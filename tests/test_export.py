@@ -1,4 +1,6 @@
 import copy
+import json
+import runpy
 from collections import Counter
 from pathlib import Path
 
@@ -7,7 +9,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from helpers import BACKBONES, assert_gpu_operators, randomize, relative_error, tool
+from helpers import BACKBONES, TOOLS, assert_gpu_operators, randomize, relative_error, tool, tool_error
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 from mmseg.structures import SegDataSample
@@ -15,10 +17,10 @@ from torch import nn
 
 from mmslide.deploy import export as driver
 from mmslide.deploy import fuse, load_model
-from mmslide.deploy.export import export, metadata
+from mmslide.deploy.export import export, metadata, resizing
 from mmslide.deploy.graphs import Exportable, ExportableBackbone, part
 from mmslide.deploy.graphs.segmentor import AdaptiveAverage, ExportableSegmentor
-from mmslide.deploy.targets import TARGETS, Traced
+from mmslide.deploy.targets import TARGETS, Traced, require
 from mmslide.deploy.targets.images import prepare, read_image
 from mmslide.deploy.targets.onnx import to_onnx
 from mmslide.deploy.trace import trace
@@ -71,13 +73,13 @@ def save(tmp_path):
     return save
 
 
-FIT = dict(resize='fit', resize_ratio=1.0)
+FIT = dict(resize='fit', resize_ratio=1.0, dynamic=False)
 
 
 def traced_part(config, checkpoint, name, shape, dynamic=False):
     cfg, model, meta = load_model(config, checkpoint)
     module = part(fuse(model), name, shape)
-    return Traced(trace(module, shape, dynamic), metadata(cfg, meta, module, name, None if dynamic else shape))
+    return Traced(trace(module, shape, dynamic), metadata(cfg, meta, module, name, shape, dynamic))
 
 
 # In float32, on any image; ExecuTorch and Core ML are tested in files of their own.
@@ -95,7 +97,7 @@ def written(traced, suffix, folder):
 
 
 def about(cfg, meta):
-    return metadata(cfg, meta, Exportable(), 'backbone', None)
+    return metadata(cfg, meta, Exportable(), 'backbone', (64, 96))
 
 
 def unfused(model):
@@ -126,7 +128,7 @@ def test_dynamic_backbones(backbone, suffix, save, tmp_path):
     assert_backbone(backbone, True, suffix, save, tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize('suffix', ['.onnx', '.xml', '.pt2'])
 def test_a_dynamic_backbone_in_each_format(suffix, save, tmp_path):
     assert_backbone('SlideSwin', True, suffix, save, tmp_path)
@@ -196,6 +198,17 @@ def assert_draws(exported, folder):
     assert len(np.unique(colours.reshape(-1, 3) // 4, axis=0)) < 8 * len(counts)
 
 
+def test_more_classes_than_colours(capsys):
+    draw = runpy.run_path(str(TOOLS / 'run_exported.py'))
+    image = np.zeros((8, 8, 3), np.uint8)
+    draw['draw_scores'](image, np.arange(1000.0)[None], range(10**9))
+    draw['draw_labels'](image, np.full((1, 8, 8), 846), (8, 8), [f'c{index}' for index in range(847)])
+    found = dict(boxes=np.array([[1.0, 1, 9, 9]] * 2), labels=np.array([900, 0]), scores=np.array([0.9, 0.0]))
+    draw['draw_detections'](image, found, (8, 8), [f'c{index}' for index in range(1203)], 0.0)
+    names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert names == ['999', '998', '997', '996', '995', 'c846', 'c900']
+
+
 def test_every_output_has_to_agree():
     ones = torch.ones(2)
 
@@ -231,6 +244,12 @@ def test_what_cannot_be_drawn_is_named(save, tmp_path):
     for name, out in (('model', whole), ('backbone', backbone)):
         export(config, checkpoint, out, name, (64, 64))
     torch.onnx.export(nn.Identity().eval(), (torch.zeros(1),), dynamo=True, verbose=False).save(foreign)
+    for name, content in (('little', '{"part": "model"}'), ('huge', None), ('text', 'x'), ('list', '[]')):
+        model = onnx.load(whole)
+        values = json.loads(model.metadata_props[0].value)
+        huge = json.dumps({**values, 'shape': [10**9, 10**9]})
+        model.metadata_props[0].value = huge if content is None else content
+        onnx.save(model, tmp_path / f'{name}.onnx')
     broken = {suffix: tmp_path / f'broken{suffix}' for suffix in TARGETS}
     for path in broken.values():
         path.write_bytes(b'nothing')
@@ -247,6 +266,10 @@ def test_what_cannot_be_drawn_is_named(save, tmp_path):
         ((broken['.pt2'], good, out), 'torch.export cannot load '),
         ((foreign, good, out), 'was not written by tools/export.py'),
         ((backbone, good, out), 'holds the backbone alone'),
+        ((tmp_path / 'little.onnx', good, out), 'little.onnx cannot be run on'),
+        ((tmp_path / 'huge.onnx', good, out), 'huge.onnx cannot be run on'),
+        ((tmp_path / 'text.onnx', good, out), 'text.onnx are no JSON'),
+        ((tmp_path / 'list.onnx', good, out), 'list.onnx are not a dict, but list'),
         ((whole, config, out), 'config.py is not a readable image'),
         ((whole, tmp_path, out), f'there is no file {tmp_path}'),
         ((whole, good, tmp_path / 'no' / 'folder.png'), 'cannot write an image to '),
@@ -254,12 +277,9 @@ def test_what_cannot_be_drawn_is_named(save, tmp_path):
         ((whole, good, whole), 'whole.onnx is the input '),
         ((whole, good, link), 'link.png is the input '),
     ]:
-        status, text = tool('run_exported', *arguments, check=False)
-        assert status == 2
-        *drawn, last = text.splitlines()
-        assert last.startswith('error: ')
-        assert message in last
-        assert all(line.endswith('pixels') for line in drawn)
+        text = tool_error('run_exported', *arguments)
+        assert message in text
+        assert len(text.splitlines()) == 1
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
@@ -384,18 +404,139 @@ def test_a_picture_is_prepared_as_its_runner_does_it(tmp_path):
         ('mmengine', dict(type='ImgDataPreprocessor', mean=[9.0], std=[7.0], pad_value=-1.0, pad_size_divisor=32)),
         ('mmengine', dict(type='ImgDataPreprocessor', mean=None, std=None, pad_size_divisor=32)),
         ('mmseg', dict(type='SegDataPreProcessor', pad_val=0.5, rgb_to_bgr=True, test_cfg=dict(size_divisor=32))),
+        ('mmseg', dict(type='SegDataPreProcessor', size_divisor=48)),
     ],
 )
 def test_preparing_equals_the_preprocessor(scope, preprocessor, tmp_path):
     preprocessor = {**dict(mean=[1.0, 2.0, 3.0], std=[4.0, 5.0, 6.0]), **preprocessor}
-    pixels = np.random.default_rng(0).integers(0, 256, (64, 31, 3), np.uint8)
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 33, 3), np.uint8)
     cv2.imwrite(str(tmp_path / 'x.png'), pixels)
     values = about(Config(dict(model=dict(data_preprocessor=preprocessor))), {})
     data = dict(inputs=[torch.from_numpy(pixels).permute(2, 0, 1)], data_samples=[SegDataSample()])
     with DefaultScope.overwrite_default_scope(scope):
         wanted = MODELS.build(preprocessor)(data)['inputs']
-    image, _ = prepare(pixels, values, tuple(wanted.shape[2:]))
+    image, _ = prepare(pixels, {**values, 'dynamic': True})
     assert relative_error(torch.from_numpy(image), wanted) < 1e-6
+
+
+RESIZE_EDGE = dict(type='mmpretrain.ResizeEdge', scale=256, edge='short')
+
+
+@pytest.mark.parametrize(
+    ('steps', 'how', 'ratio'),
+    [
+        ([], 'fit', 1.0),
+        ([dict(type='Resize', scale=(1333, 800), keep_ratio=True)], 'fit', 1.0),
+        ([dict(type='mmdet.Resize', scale=(640, 640), keep_ratio=False)], 'stretch', 1.0),
+        ([dict(type='Resize', scale=(512, 512))], 'stretch', 1.0),
+        ([RESIZE_EDGE, dict(type='CenterCrop', crop_size=224)], 'crop', 256 / 224),
+        ([RESIZE_EDGE, dict(type='CenterCrop', crop_size=(224, 224))], 'crop', 256 / 224),
+        ([dict(type='Resize', scale=(256, 256)), dict(type='CenterCrop', crop_size=224)], 'stretch', 256 / 224),
+        ([dict(type='CenterCrop', crop_size=224)], 'crop', 1.0),
+    ],
+)
+@pytest.mark.parametrize('place', ['test_pipeline', 'dataset', 'wrapped'])
+def test_resizing_of_a_test_pipeline(steps, how, ratio, place):
+    pipeline = [dict(type='LoadImageFromFile'), *steps, dict(type='PackInputs')]
+    dataset = dict(type='X', pipeline=pipeline)
+    if place == 'wrapped':
+        dataset = dict(type='RepeatDataset', dataset=dataset)
+    found = resizing(
+        Config(
+            dict(test_pipeline=pipeline)
+            if place == 'test_pipeline'
+            else dict(test_pipeline=[dict(type='Resize')], test_dataloader=dict(dataset=dataset))
+        )
+    )
+    assert found == dict(resize=how, resize_ratio=ratio)
+
+
+@pytest.mark.parametrize(
+    ('how', 'ratio', 'wanted'),
+    [
+        ('crop', 2.0, lambda image: cv2.resize(image, (64, 128))[48:80, 16:48]),
+        ('crop', 1.0, lambda image: cv2.resize(image, (32, 64))[16:48]),
+        ('stretch', 1.0, lambda image: cv2.resize(image, (32, 32))),
+        ('stretch', 1.5, lambda image: cv2.resize(image, (48, 48))[8:40, 8:40]),
+    ],
+)
+@pytest.mark.parametrize('dynamic', [False, True])
+def test_images_of_a_classifier_are_cropped_or_stretched(how, ratio, wanted, dynamic):
+    values = dict(resize=how, resize_ratio=ratio, dynamic=dynamic, shape=[32, 32], mean=[0.0] * 3, std=[1.0] * 3)
+    values |= dict(bgr_to_rgb=False, pad_value=0, pad_divisor=1)
+    pixels = np.random.default_rng(0).integers(0, 256, (80, 40, 3), np.uint8)
+    image, size = prepare(pixels, values)
+    assert size == (32, 32)
+    assert np.array_equal(image[0].transpose(1, 2, 0), wanted(pixels))
+
+
+@pytest.mark.parametrize('name', ['bild-ä-像.png', 'a b.png'])
+def test_image_names(name, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 4, 3), np.uint8)
+    cv2.imencode('.png', pixels)[1].tofile(tmp_path / name)
+    assert np.array_equal(read_image(tmp_path / name), pixels)
+
+
+@pytest.mark.parametrize('content', [b'', b'no image'])
+def test_what_is_no_image(content, tmp_path):
+    (tmp_path / 'x.png').write_bytes(content)
+    with pytest.raises(ValueError, match=r'x\.png is not a readable image'):
+        read_image(tmp_path / 'x.png')
+
+
+def test_missing_packages_are_named_with_their_extra():
+    target = TARGETS['.xml']
+    with pytest.raises(
+        ImportError, match=r"\.xml needs none, which is not installed: pip install 'mmslide\[openvino\]'"
+    ):
+        require(target, ['none'])
+    with pytest.raises(ImportError, match=r"pip install 'mmslide\[int8\]'"):
+        require(target, ['none'], target.int8_install)
+    with pytest.raises(ImportError, match=r'\.pt2 needs none, which is not installed: pip install torch'):
+        require(TARGETS['.pt2'], ['none'])
+
+
+def test_a_strangers_companion_is_kept(save, tmp_path):
+    config, checkpoint, _ = save()
+    (tmp_path / 'model.bin').write_text('keep')
+    with pytest.raises(ValueError, match=r'model\.bin exists without .*model\.xml'):
+        export(config, checkpoint, tmp_path / 'model.xml', 'backbone', (64, 64))
+    assert (tmp_path / 'model.bin').read_text() == 'keep'
+
+
+def test_the_two_files_of_a_linked_output_stay_together(save, tmp_path):
+    config, checkpoint, _ = save()
+    (tmp_path / 'store').mkdir()
+    (tmp_path / 'model.xml').symlink_to('store/v1.xml')
+    for _ in range(2):  # new, and in place of its own
+        export(config, checkpoint, tmp_path / 'model.xml', 'backbone', (64, 64))
+        assert sorted(path.name for path in (tmp_path / 'store').iterdir()) == ['v1.bin', 'v1.xml']
+        assert not (tmp_path / 'model.bin').exists()
+    TARGETS['.xml'].load(tmp_path / 'store/v1.xml')
+
+
+def test_other_than_three_channels_are_refused(save, tmp_path, monkeypatch):
+    monkeypatch.setitem(BACKBONES, 'SlidePVT', {**BACKBONES['SlidePVT'], 'in_channels': 4})
+    config, checkpoint, _ = save(data_preprocessor=None)
+    with pytest.raises(ValueError, match='only models of 3 channels can be exported, got in_channels=4'):
+        export(config, checkpoint, tmp_path / 'x.onnx', 'backbone', (64, 64))
+
+
+def test_the_comparison_is_with_the_model_before_fusing(save, tmp_path, monkeypatch):
+    config, checkpoint, _ = save()
+    honest = driver.fuse
+
+    def wrong(model):
+        fused = honest(model)
+        for module in fused.modules():
+            if isinstance(module, SlideAttention):
+                nn.init.zeros_(module.fused_bias)
+        return fused
+
+    monkeypatch.setattr(driver, 'fuse', wrong)
+    with pytest.raises(RuntimeError, match="the exported graph's results are not the model's"):
+        export(config, checkpoint, tmp_path / 'x.onnx', 'backbone', (64, 64))
+    assert not (tmp_path / 'x.onnx').exists()
 
 
 def test_a_preprocessor_at_the_top_level_and_a_checkpoint_without_meta(save):

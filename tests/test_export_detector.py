@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import math
 import re
 from pathlib import Path
 
@@ -320,6 +321,21 @@ def test_tools_from_a_checkpoint_to_a_picture(kind, tmp_path):
     assert not drawn[y1 + 13 :, x2 + 2 :].any()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize('suffix', ['.pt2', pytest.param('.xml', marks=pytest.mark.exhaustive)])
+def test_detectors_of_other_formats_in_a_process_of_their_own(suffix, tmp_path):
+    config_file, checkpoint = saved('retinanet', tmp_path)
+    pixels = (60 * picture(0)[0].permute(1, 2, 0) + 120).clip(0, 255).byte().numpy()
+    cv2.imwrite(str(tmp_path / 'in.png'), pixels)
+    found = []
+    for exported in (tmp_path / 'x.onnx', tmp_path / f'x{suffix}'):
+        export_file(str(config_file), str(checkpoint), str(exported), 'model', SHAPE, images=[tmp_path / 'in.png'])
+        lines = tool('run_exported', exported, tmp_path / 'in.png', tmp_path / 'out.png').splitlines()
+        found.append([line.split()[0] for line in lines if ' at ' in line])
+    assert len(found[0]) >= 10
+    assert found[0] == found[1]
+
+
 class Operators(nn.Module):
     def forward(self, feature: Tensor, rois: Tensor, boxes: Tensor, scores: Tensor) -> tuple[Tensor, ...]:
         aligned = [roi_align(feature, rois, (3, 5), 0.25, sampling_ratio) for sampling_ratio in (0, 1, 2)]
@@ -402,9 +418,21 @@ def test_agreement():
     assert agrees
     assert how == '7 found with a score of 0.3 or more, the same as PyTorch'
     empty = [torch.zeros_like(x) for x in detections()]
+    nan = [torch.full_like(x, math.nan) if x.is_floating_point() else x for x in empty]
+    malformed = [(nan, 'has NaN or infinite values'), ([x[:3] for x in empty], 'shapes are [(3, 4)')]
+    faint = [*detections()]
+    faint[2] = faint[2] * 0.1
     agrees, how = detector.agreement(empty, empty, EXACT)
     assert agrees
     assert 'nothing found' in how
+    _, how = detector.agreement(faint, faint, EXACT)
+    assert how.startswith('10 found with a score of')
+    for values, what in malformed:
+        agrees, how = detector.agreement(values, empty, EXACT)
+        assert not agrees
+        assert what in how
+    agrees, how = detector.agreement([torch.zeros_like(x) for x in faint], faint, EXACT)
+    assert not agrees
     for values in [(changed(3, 2, -0.9), detections()), (detections(), changed(2, 2, -0.75))]:
         agrees, how = detector.agreement(*values, EXACT)
         assert not agrees

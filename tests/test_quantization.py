@@ -1,6 +1,7 @@
 """int8: exported from a folder of images, and by PyTorch's own tools."""
 
 import copy
+from functools import partial
 
 import cv2
 import numpy as np
@@ -131,7 +132,7 @@ class Found(Exportable):
 @pytest.mark.parametrize(('precision', 'allowed'), [('fp32', 0), ('int8', 2)])
 def test_some_images_of_a_detector_may_differ_in_int8(precision, allowed, monkeypatch):
     target = TARGETS['.onnx']
-    images = {str(index): np.full((1, 3, 1, 1), index, np.float32) for index in range(8)}
+    images = {str(index): partial(np.full, (1, 3, 1, 1), index, np.float32) for index in range(8)}
     for wrong in (allowed, allowed + 1):
         runner = Runner(lambda image, wrong=wrong: dict(y=image + (image < wrong)), {})
         monkeypatch.setattr(type(target), 'load', lambda *_, runner=runner, **__: runner)

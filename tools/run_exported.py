@@ -6,6 +6,7 @@ mmslide/deploy/targets beside this script.
 
 import argparse
 import sys
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
@@ -20,7 +21,7 @@ sys.path[1:1] = map(str, beside)  # the package `targets` alone, since mmslide i
 from targets import TARGETS, find_target  # noqa: E402
 from targets.images import prepare, read_image  # noqa: E402
 
-COLOURS = np.random.default_rng(0).integers(0, 256, (256, 3))
+COLOURS = np.random.default_rng(0).integers(0, 256, (256, 3))  # of the classes, again and again
 
 
 def fail(message: str) -> NoReturn:
@@ -28,24 +29,27 @@ def fail(message: str) -> NoReturn:
     sys.exit(2)
 
 
-def draw_labels(image: np.ndarray, labels: np.ndarray, size: tuple[int, int], names: list) -> None:
+def draw_labels(image: np.ndarray, labels: np.ndarray, size: tuple[int, int], names: Sequence) -> None:
     """Every pixel in the colour of its class; prints how many pixels which class has."""
     height, width = size
-    labels = cv2.resize(labels[0, :height, :width].astype(np.uint8), image.shape[1::-1], interpolation=0)
-    image[:] = (image + COLOURS[labels]) // 2
+    # OpenCV resizes no integers above 16 bits.
+    resized = cv2.resize(labels[0, :height, :width].astype(np.float32), image.shape[1::-1], interpolation=0)
+    labels = resized.astype(int)
+    image[:] = (image + COLOURS[labels % len(COLOURS)]) // 2
     for label, count in enumerate(np.bincount(labels.ravel())):
         if count:
             print(names[label], count, 'pixels')
 
 
-def draw_detections(image: np.ndarray, found: dict, size: tuple[int, int], names: list, score_thr: float) -> None:
+def draw_detections(image: np.ndarray, found: dict, size: tuple[int, int], names: Sequence, score_thr: float) -> None:
     """Masks, boxes, classes and scores, the best on top; prints them."""
     height, width = image.shape[:2]
     boxes = found['boxes'] * np.tile([width / size[1], height / size[0]], 2)
     boxes = np.minimum(boxes, [width, height, width, height])
-    for row in np.flatnonzero(found['scores'] >= score_thr)[::-1]:
+    # Rows without a detection have score 0.
+    for row in np.flatnonzero((found['scores'] >= score_thr) & (found['scores'] > 0))[::-1]:
         label, (x1, y1, x2, y2) = found['labels'][row], boxes[row].tolist()
-        colour = COLOURS[label].tolist()
+        colour = COLOURS[label % len(COLOURS)].tolist()
         if 'masks' in found:
             mask = found['masks'][row]  # over the box, a pixel's value standing in its middle
             x, y = mask.shape[1] / max(x2 - x1, 1), mask.shape[0] / max(y2 - y1, 1)
@@ -58,7 +62,7 @@ def draw_detections(image: np.ndarray, found: dict, size: tuple[int, int], names
         print(f'{name} {score:.3f} at', *(f'{side:.1f}' for side in (x1, y1, x2, y2)))
 
 
-def draw_scores(image: np.ndarray, scores: np.ndarray, names: list) -> None:
+def draw_scores(image: np.ndarray, scores: np.ndarray, names: Sequence) -> None:
     """The five best classes of an image; prints them."""
     for row, label in enumerate(np.argsort(-scores[0])[:5]):
         text = f'{names[label]} {scores[0, label]:.3f}'
@@ -93,15 +97,19 @@ def main() -> None:
     if about['part'] != 'model':
         fail(f'{args.model} holds the {about["part"]} alone, which finds nothing by itself')
 
-    x, size = prepare(image, about, about['shape'] and tuple(about['shape']))
-    names = about['classes'] or range(len(COLOURS))
-    found = runner.run(x)
-    if 'boxes' in found:
-        draw_detections(image, found, size, names, args.score_thr)
-    elif 'labels' in found:
-        draw_labels(image, found['labels'], size, names)
-    else:
-        draw_scores(image, found['scores'], names)
+    try:
+        x, size = prepare(image, about)
+        found = runner.run(x)
+        names = about['classes'] or range(sys.maxsize)
+        if 'boxes' in found:
+            draw_detections(image, found, size, names, args.score_thr)
+        elif 'labels' in found:
+            draw_labels(image, found['labels'], size, names)
+        else:
+            draw_scores(image, found['scores'], names)
+    except (KeyError, IndexError, TypeError, ValueError, RuntimeError, MemoryError, cv2.error) as error:
+        reason = ' '.join(f'{type(error).__name__}: {error}'.split())
+        fail(f'{args.model} cannot be run on {args.image}: {reason}')
     try:
         written = cv2.imwrite(args.out, image)
     except cv2.error:  # no format is known by this name

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -107,11 +107,12 @@ def measure_exported(
         paths: dict[str, list[Path]] = {}
         for runtime in runtimes:
             suffix = runtime.target.suffix
+            precision = next(iter(runtime.target.precisions))
             if suffix not in paths:
                 paths[suffix] = [Path(folder) / f'{index}{suffix}' for index in range(len(traced))]
                 for each, path, module in zip(traced, paths[suffix], modules, strict=True):
-                    runtime.target.write(each, path)
-                    compare(module, runtime.target, path, random_images([shape]), next(iter(runtime.target.precisions)))
+                    runtime.target.write(replace(each, precision=precision), path)
+                    compare(module, runtime.target, path, random_images([shape]), precision)
             results[runtime.name] = _measure(runtime, paths[suffix], shape, threads, seconds)
     return results
 
@@ -121,7 +122,8 @@ def _measure(
 ) -> list[ExportedMeasurement]:
     memory = [_peak_bytes(runtime, path, shape, threads) for path in paths]
     runners = [runtime.target.load(path, threads, runtime.precision) for path in paths]
-    (image,) = random_images([shape]).values()
+    (load_image,) = random_images([shape]).values()
+    image = load_image()
     for runner in runners:
         runner.run(image)  # warms up
     times: list[list[float]] = [[] for _ in runners]

@@ -60,5 +60,5 @@ def fuse_checkpoint(config: str | Path, checkpoint: str | Path, out: str | Path)
         cfg.model.backbone.update(deploy=True, init_cfg=None)
         meta = {**meta, 'cfg': cfg.pretty_text, 'fused': True}
         save_checkpoint(dict(meta=meta, state_dict=fuse(model).state_dict()), weights)
-        text.write_text(MARK + cfg.pretty_text)
+        text.write_text(MARK + cfg.pretty_text, encoding='utf-8')
     return out_config

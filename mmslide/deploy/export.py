@@ -1,4 +1,6 @@
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +52,8 @@ def export(
         calibration: a folder of images, that int8 takes its ranges from.
 
     Returns:
-        A line for each image that was compared: random ones of `shape`, and if dynamic of three other sizes, or for
-        int8 eight of the calibration; images.
+        A line for each image that was compared with the model before it was fused: random ones of `shape`, and if
+        dynamic of three other sizes, or for int8 eight of the calibration; images.
 
     Raises:
         ValueError: an argument does not fit, or see `load_model`.
@@ -63,29 +65,42 @@ def export(
     target = find_target(out)
     precision = precision or next(iter(target.precisions))
     check_arguments(target, name, shape, dynamic, precision, calibration)
-    require(target, [*target.write_packages, *(target.int8_packages if precision == 'int8' else ())])
-    outs = [Path(out), *target.companions(Path(out))]
+    require(target, target.write_packages)
+    if precision == 'int8':
+        require(target, target.int8_packages, target.int8_install)
+    outs = [Path(out), *target.companions(Path(os.path.realpath(out)))]
+    if strangers := [path for path in outs[1:] if path.exists() and not outs[0].exists()]:
+        raise ValueError(f'{strangers[0]} exists without {out}, and would be overwritten: choose another name')
     inputs = [find_config(config), checkpoint, *images]
     with atomic_write(*outs, inputs=inputs, folders=target.is_folder) as (path, *companions):
         cfg, model, meta = load_model(config, checkpoint)
         module = part(fuse(model), name, shape)
+        unfused = part(model, name, shape)
         if module.has_operators and not target.takes_detectors:
             raise ValueError(f"{target.suffix} has no NMS and RoIAlign: of a detector export the part 'features'")
         if dynamic and not module.any_size:
             raise ValueError('a whole detector is exported for one size; its backbone and its features can be dynamic')
-        about = metadata(cfg, meta, module, name, None if dynamic else shape)
-        prepared = {str(file): prepare(read_image(file), about, shape)[0] for file in images}
-        ranges = {str(file): prepare(read_image(file), about, shape)[0] for file in calibration_files(calibration)}
-        target.write(Traced(trace(module, shape, dynamic), about, precision, list(ranges.values())), path)
-        for temporary, made in zip(companions, target.companions(path), strict=True):
-            temporary.hardlink_to(made)
-        shapes = [shape, *(other_shapes(shape) if dynamic else [])]
+        about = metadata(cfg, meta, module, name, shape, dynamic)
+
+        def load_image(file: str | Path) -> np.ndarray:
+            return prepare(read_image(file), about, shape)[0]
+
+        for file in images:
+            read_image(file)  # those that are no images are named before the work
+        files = calibration_files(calibration)
+        ranges = [load_image(file) for file in files]
+        target.write(Traced(trace(module, shape, dynamic), about, precision, ranges), path)
         # Random numbers are outside the ranges of int8.
-        compared = {name: ranges[name] for name in spread(list(ranges), MAX_COMPARED)} or random_images(shapes)
-        compared |= prepared
+        chosen = [*spread(files, MAX_COMPARED), *images]
+        compared: dict[str, Callable[[], np.ndarray]] = {str(file): partial(load_image, file) for file in chosen}
+        if not ranges:
+            compared = random_images([shape, *(other_shapes(shape) if dynamic else [])]) | compared
         if target.takes_pixels:
-            compared = {name: normalize(to_pixels(image, about), about) for name, image in compared.items()}
-        return compare(module, target, path, compared, precision)
+            compared = {name: partial(_as_pixels, image, about) for name, image in compared.items()}
+        lines = compare(unfused, target, path, compared, precision)
+        for temporary, made in zip(companions, target.companions(path), strict=True):
+            os.replace(made, temporary)
+        return lines
 
 
 def check_arguments(
@@ -107,46 +122,75 @@ def check_arguments(
 
 
 def metadata(
-    cfg: Config, meta: Mapping[str, Any], module: Exportable, name: str, shape: tuple[int, int] | None
+    cfg: Config,
+    meta: Mapping[str, Any],
+    module: Exportable,
+    name: str,
+    shape: tuple[int, int],
+    dynamic: bool = False,
 ) -> Metadata:
     """What a runner must know to prepare an image, read as BGR, and to name what was found.
 
     Args:
         cfg: of the model, with its data_preprocessor in `cfg.model`.
         meta: of the checkpoint.
-        shape: None for every size.
 
     Returns:
-        part, outputs (names), shape; mean and std (3 numbers each), bgr_to_rgb (whether the channels are reversed),
-        pad_value (of the normalised image), pad_divisor, resize and resize_ratio (see `targets.images.prepare`),
-        classes.
+        part, outputs (names), shape, dynamic; mean and std (3 numbers each), bgr_to_rgb (whether the channels are
+        reversed), pad_value (of the normalised image), pad_divisor, resize and resize_ratio (see
+        `targets.images.prepare`), classes.
+
+    Raises:
+        ValueError: the model takes other than 3 channels.
     """
     values = cfg.model.get('data_preprocessor') or {}
     dataset_meta = meta.get('dataset_meta') or {}
+    channels = {np.size(values.get(key) or 0.0) for key in ('mean', 'std')}
+    if not channels <= {1, 3}:
+        raise ValueError(f'only models of 3 channels can be exported, got a mean or std of {max(channels)}')
     return {
         'part': name,
         'outputs': list(module.output_names),
-        'shape': list(shape) if shape else None,
+        'shape': list(shape),
+        'dynamic': dynamic,
         'mean': np.broadcast_to(values.get('mean') or 0.0, 3).tolist(),
         'std': np.broadcast_to(values.get('std') or 1.0, 3).tolist(),
         # The preprocessors of mmengine, mmdet and mmseg do the same for either.
         'bgr_to_rgb': bool(values.get('bgr_to_rgb') or values.get('rgb_to_bgr') or values.get('to_rgb')),
         'pad_value': values.get('pad_value') or values.get('pad_val') or 0,
-        'pad_divisor': values.get('pad_size_divisor') or values.get('size_divisor') or 1,
+        # mmseg's own size_divisor is for training.
+        'pad_divisor': values.get('pad_size_divisor') or (values.get('test_cfg') or {}).get('size_divisor') or 1,
         **resizing(cfg),
         'classes': list(dataset_meta.get('classes') or dataset_meta.get('CLASSES') or ()),
     }
 
 
 def resizing(cfg: Config) -> dict[str, Any]:
-    """How the test pipeline of a classifier brings images to one size; all others are fitted and padded."""
-    if cfg.get('default_scope') != 'mmpretrain':
-        return {'resize': 'fit', 'resize_ratio': 1.0}
-    steps = {step['type']: step for step in cfg.get('test_pipeline') or ()}
+    """How the test pipeline brings an image to the model's size, see `targets.images.prepare`.
+
+    'crop' or 'stretch' before a CenterCrop, 'stretch' for a Resize that does not keep proportions, else 'fit'.
+    """
+    steps = {_type_name(step): step for step in _test_pipeline(cfg)}
+    resize = steps.get('Resize')
+    stretched = resize is not None and not resize.get('keep_ratio', False)
     if 'CenterCrop' not in steps:
-        return {'resize': 'stretch', 'resize_ratio': 1.0}
-    ratio = steps['ResizeEdge']['scale'] / steps['CenterCrop']['crop_size'] if 'ResizeEdge' in steps else 1.0
-    return {'resize': 'crop', 'resize_ratio': ratio}
+        return {'resize': 'stretch' if stretched else 'fit', 'resize_ratio': 1.0}
+    before = [steps[name]['scale'] for name in ('Resize', 'ResizeEdge') if 'scale' in steps.get(name, ())]
+    ratio = np.min(before[-1]) / np.min(steps['CenterCrop']['crop_size']) if before else 1.0
+    return {'resize': 'stretch' if stretched else 'crop', 'resize_ratio': float(ratio)}
+
+
+def _test_pipeline(cfg: Config) -> Sequence[Mapping[str, Any]]:
+    dataset = (cfg.get('test_dataloader') or {}).get('dataset') or {}
+    while 'pipeline' not in dataset and isinstance(dataset.get('dataset'), Mapping):  # wrapped
+        dataset = dataset['dataset']
+    return dataset.get('pipeline') or cfg.get('test_pipeline') or ()
+
+
+def _type_name(step: Mapping[str, Any]) -> str:
+    """Without its scope."""
+    given = step.get('type')
+    return given.rpartition('.')[2] if isinstance(given, str) else getattr(given, '__name__', '')
 
 
 def calibration_files(folder: str | Path | None) -> Sequence[Path]:
@@ -157,7 +201,11 @@ def calibration_files(folder: str | Path | None) -> Sequence[Path]:
     """
     if folder is None:
         return []
-    files = sorted(path for path in Path(folder).rglob('*') if path.suffix.lower() in IMAGE_SUFFIXES)
+    files = sorted(
+        path
+        for path in Path(folder).rglob('*')
+        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith('.') and path.is_file()
+    )
     if not files:
         raise ValueError(f'{folder} is not a folder with images ({", ".join(sorted(IMAGE_SUFFIXES))})')
     return spread(files, MAX_CALIBRATION)
@@ -176,40 +224,50 @@ def other_shapes(shape: tuple[int, int]) -> Iterator[tuple[int, int]]:
     yield height + 27, max(MIN_SIDE, width // 2)
 
 
-def random_images(shapes: Sequence[tuple[int, int]]) -> dict[str, np.ndarray]:
+def random_images(shapes: Sequence[tuple[int, int]]) -> dict[str, Callable[[], np.ndarray]]:
     """Standard normal, one of each shape."""
-    generator = torch.Generator().manual_seed(0)
-    return {
-        f'{height}×{width}': torch.randn(1, 3, height, width, generator=generator).numpy() for height, width in shapes
-    }
+    return {f'{height}×{width}': partial(_random_image, height, width) for height, width in shapes}
+
+
+def _random_image(height: int, width: int) -> np.ndarray:
+    return torch.randn(1, 3, height, width, generator=torch.Generator().manual_seed(0)).numpy()
+
+
+def _as_pixels(image: Callable[[], np.ndarray], about: Metadata) -> np.ndarray:
+    return normalize(to_pixels(image(), about), about)
 
 
 def compare(
-    module: Exportable, target: Target, path: Path, images: Mapping[str, np.ndarray], precision: str
+    module: Exportable, target: Target, path: Path, images: Mapping[str, Callable[[], np.ndarray]], precision: str
 ) -> list[str]:
     """How the runtime's results agree with the module's, a line for each of the images, which have names.
+
+    Args:
+        images: functions, so that one image at a time is in memory.
 
     Raises:
         RuntimeError: they do not, or the graph does not run.
     """
     if reason := target.why_not_run():
         return [f'not compared, since {reason}: export it on a machine that can run it to compare']
-    wanted = {name: reference(module, image) for name, image in images.items()}
-    lines = []
     written = target.precisions[precision]
-    chosen_by_runtime = {name: max(bound, written) for name, bound in target.available_precisions().items()}
-    for chosen, tolerance in [(None, written), *chosen_by_runtime.items()]:
-        runner = target.load(path, precision=chosen)
-        runtime = f'{target.runtime} in {chosen}' if chosen else target.runtime
-        wrong = []
-        for name, image in images.items():
-            found = runner.run(image)
-            agrees, how = module.agreement([torch.from_numpy(x) for x in found.values()], wanted[name], tolerance)
-            lines.append(f'{name}: {runtime} {how}')
+    tolerances: dict[str | None, float] = {None: written}
+    tolerances |= {name: max(bound, written) for name, bound in target.available_precisions().items()}
+    runners = {chosen: target.load(path, precision=chosen) for chosen in tolerances}
+    lines = []
+    wrong: dict[str | None, list[str]] = {chosen: [] for chosen in runners}
+    for name, load_image in images.items():
+        image = load_image()
+        wanted = reference(module, image)
+        for chosen, runner in runners.items():
+            found = [torch.from_numpy(x) for x in runner.run(image).values()]
+            agrees, how = module.agreement(found, wanted, tolerances[chosen])
+            lines.append(f'{name}: {target.runtime}{f" in {chosen}" if chosen else ""} {how}')
             if not agrees:
-                wrong.append(lines[-1])
-        if len(wrong) > (0 if tolerance <= EXACT else module.may_differ * len(images)):
-            raise RuntimeError("the exported graph's results are not the model's: " + '\n'.join(wrong))
+                wrong[chosen].append(lines[-1])
+    for chosen, tolerance in tolerances.items():
+        if len(wrong[chosen]) > (0 if tolerance <= EXACT else module.may_differ * len(images)):
+            raise RuntimeError("the exported graph's results are not the model's: " + '\n'.join(wrong[chosen]))
     return lines
 
 

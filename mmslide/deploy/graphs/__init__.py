@@ -18,6 +18,8 @@ def part(model: Any, name: str, shape: tuple[int, int]) -> Exportable:
     Raises:
         ValueError: the model has a part or a setting that cannot be exported.
     """
+    if (channels := getattr(model.backbone, 'in_channels', 3)) != 3:
+        raise ValueError(f'only models of 3 channels can be exported, got in_channels={channels}')
     if name == 'backbone':
         return ExportableBackbone(model.backbone)
     if name == 'features':

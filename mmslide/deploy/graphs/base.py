@@ -29,15 +29,21 @@ class Exportable(nn.Module):
         Args:
             tolerance: the largest max|Δ| / max|PyTorch's| of an output.
         """
-        shapes, expected = ([tuple(x.shape) for x in each] for each in (outputs, wanted))
-        if shapes != expected:
-            return False, f'shapes are {shapes}, of PyTorch {expected}'
+        if problem := self.malformed(outputs, wanted):
+            return False, problem
         errors = [
             (value - reference).abs().max() / reference.abs().max().clamp(min=1e-12)
             for value, reference in self.compared(outputs, wanted)
         ]
         error = float(torch.stack(errors).max())  # Python's max() passes over a NaN that is not the first
         return error <= tolerance, f'differs from PyTorch by {error:.1e}'
+
+    def malformed(self, outputs: Sequence[Tensor], wanted: Sequence[Tensor]) -> str:
+        """Why the outputs cannot be right, whatever is in them; '' if they can."""
+        shapes, expected = ([tuple(x.shape) for x in each] for each in (outputs, wanted))
+        if shapes != expected:
+            return f'shapes are {shapes}, of PyTorch {expected}'
+        return '' if all(x.isfinite().all() for x in outputs) else 'has NaN or infinite values'
 
     def compared(self, outputs: Sequence[Tensor], wanted: Sequence[Tensor]) -> Iterable[tuple[Tensor, Tensor]]:
         """Pairs that must agree, for outputs of the right shapes."""

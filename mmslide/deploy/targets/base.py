@@ -3,6 +3,7 @@
 Nothing in this package imports PyTorch or mmslide at the top, so that exported files run on machines without them.
 """
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -52,9 +53,9 @@ class Target:
     Attributes:
         suffix: of the file.
         runtime: its name.
-        extra: of the package, `pip install 'mmslide[extra]'`.
+        install: what pip installs for it.
         write_packages, run_packages: modules that must be installed.
-        int8_packages: others that writing int8 takes.
+        int8_packages, int8_install: the same for what writing int8 takes besides.
         precisions: what can be written, the default first, each with the largest relative error of an output.
         runtime_precisions: others that the runtime may choose by itself, likewise.
         any_size: whether a file can take every size.
@@ -66,10 +67,11 @@ class Target:
 
     suffix: ClassVar[str]
     runtime: ClassVar[str]
-    extra: ClassVar[str]
+    install: ClassVar[str]
     write_packages: ClassVar[Sequence[str]] = ()
     run_packages: ClassVar[Sequence[str]] = ()
     int8_packages: ClassVar[Sequence[str]] = ()
+    int8_install: ClassVar[str] = ''
     precisions: ClassVar[Mapping[str, float]] = {'fp32': 1e-4}
     runtime_precisions: ClassVar[Mapping[str, float]] = {}
     any_size: ClassVar[bool] = False
@@ -106,13 +108,27 @@ class Target:
         return self.runtime_precisions
 
 
+def parse_metadata(text: str, path: Path) -> Metadata:
+    """What a file says of itself, as JSON; {} for an empty text.
+
+    Raises:
+        RuntimeError: it is damaged.
+    """
+    try:
+        metadata = json.loads(text or '{}')
+    except ValueError as error:
+        raise RuntimeError(f'the metadata of {path} are no JSON: {error}') from error
+    if not isinstance(metadata, dict):
+        raise RuntimeError(f'the metadata of {path} are not a dict, but {type(metadata).__name__}')
+    return metadata
+
+
 def missing_packages(names: Sequence[str]) -> list[str]:
     return [name for name in names if find_spec(name) is None]
 
 
-def require(target: Target, names: Sequence[str]) -> None:
+def require(target: Target, names: Sequence[str], install: str | None = None) -> None:
     """Raises ImportError, which says what to install, if a package is missing."""
     if missing := missing_packages(names):
-        raise ImportError(
-            f"{target.suffix} needs {', '.join(missing)}, which is not installed: pip install 'mmslide[{target.extra}]'"
-        )
+        command = f'pip install {install or target.install}'
+        raise ImportError(f'{target.suffix} needs {", ".join(missing)}, which is not installed: {command}')

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from .base import Runner, Target, Traced, require
+from .base import Runner, Target, Traced, parse_metadata, require
 from .images import to_pixels
 
 KEY = 'mmslide'
@@ -21,7 +21,7 @@ LOWEST = -1e4
 class CoreMl(Target):
     suffix = '.mlpackage'
     runtime = 'Core ML'
-    extra = 'coreml'
+    install = "'mmslide[coreml]'"
     write_packages = ('coremltools', 'torch')
     run_packages = ('coremltools', 'PIL')
     precisions: ClassVar = {'fp16': 5e-2, 'fp32': 1e-4}
@@ -61,7 +61,7 @@ class CoreMl(Target):
             model = coremltools.models.MLModel(str(path), compute_units=units)
         except Exception as error:  # of many kinds
             raise RuntimeError(f'Core ML cannot load {path}: {str(error).splitlines()[0]}') from error
-        about = json.loads(model.user_defined_metadata.get(KEY, '{}'))
+        about = parse_metadata(model.user_defined_metadata.get(KEY, ''), path)
 
         def run(image: np.ndarray) -> dict[str, np.ndarray]:
             pixels = to_pixels(image, about)

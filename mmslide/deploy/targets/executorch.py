@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .base import Runner, Target, Traced, require
+from .base import Runner, Target, Traced, parse_metadata, require
 
 METHOD = 'mmslide'  # returns the metadata as JSON
 MAX_DIMENSIONS = 6  # of XNNPACK's tensors
@@ -16,7 +16,7 @@ MAX_DIMENSIONS = 6  # of XNNPACK's tensors
 class ExecuTorch(Target):
     suffix = '.pte'
     runtime = 'executorch'
-    extra = 'executorch'
+    install = "'mmslide[executorch]'"
     write_packages = ('executorch',)
     run_packages = ('executorch', 'torch')
 
@@ -37,7 +37,7 @@ class ExecuTorch(Target):
             metadata: Any = {}
             if METHOD in program.method_names:
                 (text,) = program.load_method(METHOD).execute([])
-                metadata = json.loads(text)
+                metadata = parse_metadata(text, path)
         except (RuntimeError, KeyError) as error:  # the second if there is no such method
             raise RuntimeError(f'executorch cannot load {path}: {str(error).splitlines()[0]}') from error
 

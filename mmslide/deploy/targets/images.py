@@ -19,22 +19,29 @@ def read_image(file: str | Path) -> np.ndarray:
     """
     if not Path(file).is_file():
         raise FileNotFoundError(f'there is no file {file}')
-    image = cv2.imread(str(file))
+    content = np.fromfile(file, np.uint8)  # cv2.imread takes no names outside the code page of Windows
+    image = cv2.imdecode(content, cv2.IMREAD_COLOR) if len(content) else None
     if image is None:
         raise ValueError(f'{file} is not a readable image')
     return image
 
 
-def prepare(image: np.ndarray, metadata: Metadata, shape: tuple[int, int] | None) -> tuple[np.ndarray, tuple[int, int]]:
+def prepare(
+    image: np.ndarray, metadata: Metadata, shape: tuple[int, int] | None = None
+) -> tuple[np.ndarray, tuple[int, int]]:
     """The input for an image (H, W, 3), BGR: (1, 3, H', W'), float32, and the (height, width) that the image fills.
 
-    By `metadata['resize']` it is made as large as fits into `shape` and padded below and right ('fit'), enlarged by
-    `resize_ratio` and cropped in the middle ('crop'), or stretched ('stretch'). Without a shape it keeps its size.
+    By `metadata['resize']` it is made as large as fits into the shape and padded below and right ('fit'), or brought to
+    `resize_ratio` times the shape, with its proportions ('crop') or without ('stretch'), and cropped in the middle.
+
+    Args:
+        shape: None is the shape of the metadata; a dynamic file then takes an image that would be fitted as it is.
     """
-    if shape and metadata['resize'] == 'crop':
-        image = _cropped(image, shape, metadata['resize_ratio'])
-    elif shape and metadata['resize'] == 'stretch':
-        image = cv2.resize(image, shape[::-1])
+    how = metadata['resize']
+    if shape is None and not (metadata['dynamic'] and how == 'fit'):
+        shape = metadata['shape'][0], metadata['shape'][1]
+    if shape and how != 'fit':
+        image = _cropped(image, shape, metadata['resize_ratio'], keep_ratio=how == 'crop')
     elif shape:
         scale = min(side / length for side, length in zip(shape, image.shape, strict=False))
         image = cv2.resize(image, [max(1, int(side * scale + 0.5)) for side in image.shape[1::-1]])
@@ -59,10 +66,12 @@ def to_pixels(image: np.ndarray, metadata: Metadata) -> np.ndarray:
     return pixels.round().clip(0, 255).astype(np.uint8)
 
 
-def _cropped(image: np.ndarray, shape: tuple[int, int], ratio: float) -> np.ndarray:
-    """The middle of the image, scaled so that `ratio` times `shape` covers it."""
-    scale = max(ratio * side / length for side, length in zip(shape, image.shape, strict=False))
-    sides = [max(side, round(length * scale)) for side, length in zip(shape, image.shape, strict=False)]
+def _cropped(image: np.ndarray, shape: tuple[int, int], ratio: float, keep_ratio: bool) -> np.ndarray:
+    """The middle of the image, after it has been scaled to `ratio` times `shape`, or to cover that."""
+    scales = [ratio * side / length for side, length in zip(shape, image.shape, strict=False)]
+    if keep_ratio:
+        scales = [max(scales)] * 2
+    sides = [max(side, round(length * x)) for side, length, x in zip(shape, image.shape, scales, strict=False)]
     resized = cv2.resize(image, sides[::-1])
     top, left = ((length - side) // 2 for length, side in zip(sides, shape, strict=True))
     return resized[top : top + shape[0], left : left + shape[1]]

@@ -5,13 +5,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
-from .base import INT8, Runner, Target, Traced, require
+import numpy as np
+
+from .base import INT8, Runner, Target, Traced, parse_metadata, require
 
 
 class Onnx(Target):
     suffix = '.onnx'
     runtime = 'onnxruntime'
-    extra = 'onnx'
+    install = "'mmslide[onnx]'"
     write_packages = ('onnx', 'onnxscript', 'onnxruntime')
     run_packages = ('onnxruntime',)
     precisions: ClassVar = {'fp32': 1e-4, 'int8': INT8}
@@ -38,10 +40,14 @@ class Onnx(Target):
             raise RuntimeError(f'onnxruntime cannot load {path}: {str(error).splitlines()[0]}') from error
         names = [output.name for output in session.get_outputs()]
         properties = session.get_modelmeta().custom_metadata_map
-        return Runner(
-            lambda image: dict(zip(names, session.run(None, {'image': image}), strict=True)),
-            json.loads(properties.get('mmslide', '{}')),
-        )
+
+        def run(image: np.ndarray) -> dict[str, np.ndarray]:
+            try:
+                return dict(zip(names, session.run(None, {'image': image}), strict=True))
+            except Exception as error:
+                raise RuntimeError(f'onnxruntime cannot run {path}: {str(error).splitlines()[0]}') from error
+
+        return Runner(run, parse_metadata(properties.get('mmslide', ''), path))
 
 
 def to_onnx(traced: Traced) -> Any:

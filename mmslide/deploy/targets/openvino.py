@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from .base import INT8, Runner, Target, Traced, require
+from .base import INT8, Runner, Target, Traced, parse_metadata, require
 from .onnx import layers, to_onnx
 
 KEY = 'mmslide'
@@ -15,10 +15,11 @@ KEY = 'mmslide'
 class OpenVino(Target):
     suffix = '.xml'
     runtime = 'openvino'
-    extra = 'openvino'
+    install = "'mmslide[openvino]'"
     write_packages = ('openvino', 'onnx', 'onnxscript')
     run_packages = ('openvino',)
     int8_packages = ('nncf',)
+    int8_install = "'mmslide[int8]'"
     precisions: ClassVar = {'fp32': 1e-4, 'fp16': 2e-2, 'int8': INT8}
     runtime_precisions: ClassVar = {'bf16': 1e-1}
     any_size = True
@@ -54,9 +55,10 @@ class OpenVino(Target):
         except RuntimeError as error:
             raise RuntimeError(f'openvino cannot load {path}: {str(error).strip().splitlines()[-1]}') from error
         names = [output.any_name for output in compiled.outputs]
-        text = model.get_rt_info(KEY).astype(str) if model.has_rt_info(KEY) else '{}'
+        text = model.get_rt_info(KEY).astype(str) if model.has_rt_info(KEY) else ''
         return Runner(
-            lambda image: dict(zip(names, map(_copy, compiled(image).values()), strict=True)), json.loads(text)
+            lambda image: dict(zip(names, map(_copy, compiled(image).values()), strict=True)),
+            parse_metadata(text, path),
         )
 
     def available_precisions(self) -> Mapping[str, float]:

@@ -1,20 +1,23 @@
 """torch.export's own archive: plain PyTorch operators, which PyTorch loads without mmslide (but detectors)."""
 
 import json
+from importlib import import_module
 from pathlib import Path
-from zipfile import is_zipfile
+from zipfile import ZipFile, is_zipfile
 
 import numpy as np
 
-from .base import Runner, Target, Traced, require
+from .base import Runner, Target, Traced, parse_metadata, require
 
 FILE = 'mmslide.json'
+# Where a detector's two operators are.
+OPERATORS = 'mmslide.deploy.graphs.operators'
 
 
 class TorchExport(Target):
     suffix = '.pt2'
     runtime = 'torch.export'
-    extra = 'torch'
+    install = 'torch'
     write_packages = ('torch',)
     run_packages = ('torch',)
     any_size = True
@@ -33,11 +36,16 @@ class TorchExport(Target):
             raise RuntimeError(f'torch.export cannot load {path}: it is not an archive')
         files = {FILE: ''}
         try:
+            if _has_operators(path):
+                import_module(OPERATORS)
+        except ImportError as error:
+            raise RuntimeError(f'{path} holds a detector, whose operators are in mmslide: {error}') from error
+        try:
             # Its guards ask for twice the least side, for which it was traced; the graph is right from that side on.
             module = torch.export.load(path, extra_files=files).module(check_guards=False)
         except Exception as error:  # of many kinds
             raise RuntimeError(f'torch.export cannot load {path}: {str(error).splitlines()[0]}') from error
-        metadata = json.loads(files[FILE] or '{}')
+        metadata = parse_metadata(files[FILE], path)
         if threads:
             torch.set_num_threads(threads)
 
@@ -47,3 +55,9 @@ class TorchExport(Target):
             return {name: x.numpy() for name, x in zip(metadata['outputs'], outputs, strict=True)}
 
         return Runner(run, metadata)
+
+
+def _has_operators(path: Path) -> bool:
+    """Whether the graph calls operators of mmslide's, which have to be registered before it is loaded."""
+    with ZipFile(path) as archive:
+        return any(b'torch.ops.mmslide.' in archive.read(x) for x in archive.namelist() if x.endswith('model.json'))
