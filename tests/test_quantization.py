@@ -105,6 +105,7 @@ def test_calibration_is_spread_over_the_folder(tmp_path):
     assert chosen == list(range(0, 300, 3))
 
 
+@pytest.mark.exhaustive
 def test_fp16_halves_an_openvino_file(save, tmp_path):  # noqa: F811
     config, checkpoint, _ = save()
     for precision in ('fp32', 'fp16'):
