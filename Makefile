@@ -1,7 +1,10 @@
 # `make demo` and `make test` are all a fresh machine needs; both set the stack up first and do nothing twice.
-VENV := .venv
+# STACK=classic is torch 2.1 with OpenMMLab's wheels of mmcv, STACK=onedl the maintained forks of the MM packages.
+STACK := official
+VENV := .venv$(if $(filter-out official,$(STACK)),-$(STACK))
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+DEVELOP := $(VENV)/.develop
 DEMO := cascade-mask-rcnn_slide-pvt-mini_fpn_mini-coco.py
 DEMO_SEG := slide-swin-mini_upernet_mini-ade20k-64x64.py
 
@@ -14,19 +17,28 @@ help:
 	@echo 'make test      set up, then the checks and tests'
 	@echo 'make test-all  the same with the exhaustive tests, about an hour'
 	@echo 'make setup     the environment $(VENV) alone'
+	@echo 'Each of them takes STACK=classic (torch 2.1, ready-made mmcv) or STACK=onedl (the forks), in .venv-classic, .venv-onedl'
 
 setup: $(READY)
 
 # The folders: mim finds a new config or tool in an editable install only after it was installed again.
-$(READY): requirements.txt tools/setup_env.sh setup.py pyproject.toml mmslide/ops/native.cpp tools $(wildcard configs/*)
-	@bash tools/setup_env.sh $(VENV)
+$(READY): requirements/$(STACK).txt tools/setup_env.sh setup.py pyproject.toml mmslide/ops/native.cpp tools $(wildcard configs/*)
+	@bash tools/setup_env.sh $(VENV) $(STACK)
 	@touch $(READY)
 
+$(DEVELOP): $(READY) requirements/$(STACK)-develop.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation -r requirements/$(STACK)-develop.txt \
+	    -c requirements/$(STACK).txt
+	$(BIN)/pip check
+	@touch $(DEVELOP)
+
 test: MARKED := not exhaustive
-test test-all: $(READY)
+test test-all: $(DEVELOP)
+ifeq ($(STACK),official)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+endif
 	$(BIN)/python -m pytest -m '$(MARKED)' -n 2 --durations 10
 
 # With --resume a demo that was interrupted goes on, and a finished one is only tested again.
@@ -37,12 +49,16 @@ demo: data/mini
 	$(BIN)/mim train mmslide $(DEMO) --work-dir work_dirs/demo --resume
 	$(BIN)/mim test mmslide $(DEMO) --checkpoint "$$(cat work_dirs/demo/last_checkpoint)" \
 	    --work-dir work_dirs/demo/test --show-dir work_dirs/demo/pictures
+ifeq ($(STACK),classic)
+	@echo 'Ground truth and predictions side by side: work_dirs/demo/pictures. Export needs PyTorch 2.6: left out.'
+else
 	$(BIN)/python tools/export.py configs/mini/$(DEMO) "$$(cat work_dirs/demo/last_checkpoint)" work_dirs/demo/model.onnx \
 	    --shape 128 128 --images data/mini/coco/val2017/00000000000[1-8].jpg
 	$(BIN)/python tools/run_exported.py work_dirs/demo/model.onnx data/mini/coco/val2017/000000000001.jpg \
 	    work_dirs/demo/onnx.png
 	@echo 'Ground truth and predictions side by side: work_dirs/demo/pictures'
 	@echo 'The same model as an ONNX file: work_dirs/demo/model.onnx; what it sees without PyTorch: work_dirs/demo/onnx.png'
+endif
 
 demo-seg: data/mini
 	$(BIN)/mim train mmslide $(DEMO_SEG) --work-dir work_dirs/demo-seg --resume
@@ -51,4 +67,4 @@ demo-seg: data/mini
 	@echo 'Ground truth and predictions side by side: work_dirs/demo-seg/pictures'
 
 clean:
-	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-classic .venv-onedl build *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -1,15 +1,25 @@
 """Slide-Transformer and Twins backbones for MMDetection, MMSegmentation and MMPretrain."""
 
-from .stack import check_versions, declare_torchvision_operators, register_safe_globals
+import sys
+
 from .version import __version__
 
-check_versions()
-register_safe_globals()
-declare_torchvision_operators()
 
-# After the versions are known to fit: it imports mmengine's runner.
-from .checkpoints import register_reader  # noqa: E402
+def _set_up() -> None:
+    from .stack import check_versions, declare_torchvision_operators, register_safe_globals
 
-register_reader()
+    check_versions()
+    register_safe_globals()
+    declare_torchvision_operators()
+
+    # After the versions are known to fit: it imports mmengine's runner.
+    from .checkpoints import register_reader
+
+    register_reader()
+
+
+# `python -m mmslide.doctor` runs where the packages beside mmslide do not fit.
+if 'mmslide.doctor' not in sys.orig_argv:
+    _set_up()
 
 __all__ = ['__version__']

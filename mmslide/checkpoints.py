@@ -22,6 +22,7 @@ from mmengine.logging import MMLogger
 from mmengine.runner import checkpoint as mmengine_checkpoint
 from torch import Tensor
 
+from .compat import safe_load
 from .messages import listed
 
 StateDict = dict[str, Tensor]
@@ -39,7 +40,7 @@ FOLDER = 0x10  # in an entry's attributes
 # The keys that weights are saved under; the first that a file has is read.
 WRAPPERS = ('state_dict_ema', 'state_dict', 'model')
 # What the authors' training scripts keep beside the weights; read as plain containers.
-HARMLESS: list = [(OrderedDict, 'yacs.config.CfgNode'), (argparse.Namespace, 'argparse.Namespace')]
+HARMLESS = {'yacs.config.CfgNode': OrderedDict, 'argparse.Namespace': argparse.Namespace}
 
 
 def register_reader() -> None:
@@ -237,8 +238,7 @@ def _read_torch(file: Path, map_location: Any) -> Any:
     if not _is_whole(file):
         raise ValueError(damaged)
     try:
-        with torch.serialization.safe_globals(HARMLESS):
-            return torch.load(file, map_location=map_location, weights_only=True)
+        return safe_load(file, map_location, HARMLESS)
     except (MemoryError, torch.cuda.OutOfMemoryError):
         raise
     except Exception as error:  # a damaged file can fail anywhere in the unpickler, in any way

@@ -713,7 +713,8 @@ def mask_fault(mask: Any) -> str | None:
             if isinstance(counts, list):
                 mask_utils.frPyObjects(mask, *mask['size'])
             else:
-                with warnings.catch_warnings(action='ignore'):  # of NumPy 2, about pycocotools
+                with warnings.catch_warnings():
+                    warnings.simplefilter('ignore')  # of NumPy 2, about pycocotools
                     mask_utils.decode(mask)
         except Exception as error:  # of its C code, nearly everything
             return f'a run-length encoded segmentation that cannot be read ({type(error).__name__}: {error})'

@@ -14,23 +14,14 @@ import torch
 from mmengine.logging import HistoryBuffer
 from mmengine.utils import digit_version
 
+from .compat import add_safe_globals
+from .version import DISTRIBUTIONS, MMPRETRAIN, REQUIRED, VERSIONS
+
 try:
     from numpy._core import multiarray
 except ImportError:  # numpy < 2
     from numpy.core import multiarray  # type: ignore[no-redef]
 
-# From the first version, up to but without the second. torch.load is safe by default from 2.6 on.
-VERSIONS = {
-    'torch': ('2.6', '3'),
-    'mmengine': ('0.10', '1'),
-    'mmcv': ('2.0.0', '3'),
-    'mmdet': ('3.1', '4'),
-    'mmseg': ('1.0', '2'),
-}
-REQUIRED = ('torch', 'mmengine', 'mmcv')
-DISTRIBUTIONS = {'mmseg': 'mmsegmentation'}
-# Imported by classification configs only: it takes seconds.
-MMPRETRAIN = ('1.0', '2')
 # What `import torchvision` describes to torch, whether or not its compiled operators have been loaded.
 TORCHVISION_OPERATORS = ('nms', 'qnms')
 
@@ -149,17 +140,25 @@ def history_buffer_statistic(owner: type, name: str) -> Callable:
     )
 
 
+# Under the names that mmengine's checkpoints have for them. With the real `getattr` a crafted file could reach and
+# change anything.
+HISTORY_GLOBALS = {
+    f'{HistoryBuffer.__module__}.HistoryBuffer': HistoryBufferState,
+    'builtins.getattr': history_buffer_statistic,
+    '__builtin__.getattr': history_buffer_statistic,
+}
+
+
 def register_safe_globals() -> None:
     """Lets `torch.load(weights_only=True)`, and so mmengine's resume, read the message hub in mmengine's checkpoints.
 
-    The hub pickles HistoryBuffer objects, whose state refers to their methods through `getattr`. With the real ones a
-    crafted file could reach and change anything, so both names are bound to stand-ins. NumPy's functions are bound to
-    their names in NumPy 1 and 2, so that either reads what the other wrote.
+    The hub pickles HistoryBuffer objects, whose state refers to their methods through `getattr`: see `HISTORY_GLOBALS`.
+    NumPy's functions are bound to their names in NumPy 1 and 2, so that either reads what the other wrote.
     """
     dtypes = (np.float64, np.float32, np.int64, np.int32, np.bool_)
-    torch.serialization.add_safe_globals(
+    add_safe_globals(
         [
-            (HistoryBufferState, f'{HistoryBuffer.__module__}.HistoryBuffer'),
+            *((value, name) for name, value in HISTORY_GLOBALS.items()),
             np.ndarray,
             np.dtype,
             *(type(np.dtype(x)) for x in dtypes),
@@ -168,7 +167,5 @@ def register_safe_globals() -> None:
                 for name in ('_reconstruct', 'scalar')
                 for package in ('core', '_core')
             ),
-            (history_buffer_statistic, 'builtins.getattr'),
-            (history_buffer_statistic, '__builtin__.getattr'),
         ]
     )

@@ -15,8 +15,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mmslide.compat import MODERN
 from mmslide.weights import load_pretrained
 
+NEEDS_MODERN = pytest.mark.skipif(not MODERN, reason='needs PyTorch 2.6')
 GOLDEN = Path(__file__).parent / 'golden'
 TOOLS = Path(__file__).parents[1] / 'tools'
 

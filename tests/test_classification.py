@@ -19,6 +19,7 @@ from test_configs import IN1K, KNOWN_KEYS, ROOT, ZOO, host_of, inner_keys, load
 
 from mmslide import engine, stack
 from mmslide.build import build_model
+from mmslide.checkpoints import read_checkpoint
 from mmslide.data import check_datasets
 from mmslide.flops import count_complexity
 from mmslide.weights import load_pretrained
@@ -371,7 +372,7 @@ def checkpoint(config, options, tmp_path_factory):
 
 @pytest.mark.slow
 def test_averaged_weights_are_what_others_start_from(checkpoint):
-    content = torch.load(checkpoint, weights_only=True)
+    content = read_checkpoint(checkpoint)
     averaged, raw = content['state_dict'], content['ema_state_dict']
     key = 'backbone.stages.3.blocks.1.ffn.layers.1.weight'
     assert not torch.equal(averaged[key], raw[f'module.{key}'])
@@ -421,7 +422,7 @@ def test_averaged_weights_are_fine_tuned_for_other_classes(checkpoint, config, o
     moved = [option if 'data_root' not in option else f'data_root={tmp_path}/data' for option in options]
     output = tool('train', path, '--work-dir', tmp_path / 'work', *moved, 'optim_wrapper.optimizer.lr=0')
     assert 'head.fc.weight (3, 192) instead of (4, 192)' in output
-    states = [torch.load(file, weights_only=True)['state_dict'] for file in (checkpoint, tmp_path / 'work/epoch_1.pth')]
+    states = [read_checkpoint(file)['state_dict'] for file in (checkpoint, tmp_path / 'work/epoch_1.pth')]
     assert all(torch.equal(value, states[1][key]) for key, value in states[0].items() if 'backbone' in key)
 
 

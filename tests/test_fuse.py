@@ -3,7 +3,7 @@ from unittest import mock
 
 import pytest
 import torch
-from helpers import randomize, relative_error
+from helpers import NEEDS_MODERN, randomize, relative_error
 from mmcv.cnn.bricks import DropPath
 from mmengine.config import Config
 from mmengine.runner.checkpoint import load_checkpoint
@@ -11,6 +11,7 @@ from test_slide_attention import two_paths
 from torch import nn
 
 from mmslide.build import build_model
+from mmslide.checkpoints import read_checkpoint
 from mmslide.deploy import fuse, fuse_checkpoint, load_model
 from mmslide.models import SlidePVT, SlideSwin, TwinsPCPVT, TwinsSVT, slide_pvt, slide_swin, twins
 from mmslide.models.attention import SlideAttention
@@ -115,7 +116,7 @@ def test_fusing_twice_changes_nothing(cls):
     assert all(torch.equal(value, once.state_dict()[key]) for key, value in twice.state_dict().items())
 
 
-@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize('dtype', [pytest.param(torch.float16, marks=NEEDS_MODERN), torch.bfloat16])
 @pytest.mark.parametrize('order', ['half first', 'fused first'])
 def test_merged_kernels_stay_float32_in_a_half_precision_model(dtype, order):
     model = small(SlideSwin)
@@ -130,7 +131,7 @@ def test_merged_kernels_stay_float32_in_a_half_precision_model(dtype, order):
     assert {module.fused_weight.dtype for module in slides(fused.double())} == {torch.float64}
 
 
-@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize('dtype', [pytest.param(torch.float16, marks=NEEDS_MODERN), torch.bfloat16])
 def test_half_precision_gives_the_numbers_of_the_training_form(dtype):
     model = randomize(small(SlidePVT)).to(dtype)
     image = torch.randn(1, 3, 64, 64).to(dtype)
@@ -184,7 +185,7 @@ def test_a_fused_module_drops_no_attention_in_training_mode():
 
 
 def load_by_torch(model, path):
-    model.load_state_dict(torch.load(path, weights_only=True)['state_dict'])
+    model.load_state_dict(read_checkpoint(path)['state_dict'])
 
 
 def load_by_mmengine(model, path):
@@ -305,7 +306,7 @@ def test_fuse_checkpoint_refuses_what_is_broken_or_does_not_fit(what, trained, t
     config, checkpoint = trained
     message = 'does not fit .*keys missing'
     if what == 'nan':
-        content = torch.load(checkpoint, weights_only=True)
+        content = read_checkpoint(checkpoint)
         content['state_dict']['backbone.stages.0.embed.norm.bias'][0] = float('nan')
         torch.save(content, checkpoint)
         message = r'NaN or infinite values in 1 of \d+ tensors: backbone\.stages\.0\.embed\.norm\.bias'

@@ -4,8 +4,7 @@ from unittest import mock
 
 import pytest
 import torch
-from helpers import relative_error
-from torch.fx.experimental import _config as symbolic_shapes_config
+from helpers import NEEDS_MODERN, relative_error
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -143,7 +142,7 @@ def test_blocks_of_any_size(count):
         assert_agrees(gradients(neighborhood_attention(*args), args, grad), wanted(args, grad), 1e-12)
 
 
-@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('dtype', [torch.bfloat16, pytest.param(torch.float16, marks=NEEDS_MODERN)])
 def test_half_precision(dtype):
     args = arguments(2, 13, 17, 2, 16, 7, dtype=dtype)
     grad = torch.randn(2, 13, 17, 2, 16).to(dtype)
@@ -230,6 +229,7 @@ def test_a_frozen_bias_costs_nothing():
         assert relative_error(value, other) < 1e-12
 
 
+@NEEDS_MODERN
 @pytest.mark.filterwarnings('ignore:the library of CPU kernels')
 @pytest.mark.parametrize('library', ['native', 'tiles'])
 @pytest.mark.parametrize('training', [False, True])
@@ -272,6 +272,7 @@ def test_checkpointed():
     assert_agrees(gradients(out, args, grad), wanted(args, grad), 1e-12)
 
 
+@NEEDS_MODERN
 def test_the_operator_is_registered_as_it_should_be():
     args = arguments(1, 9, 11, 2, 4, 7)
     torch.library.opcheck(neighborhood.custom_op, (*args, 0.3, None))
@@ -294,9 +295,12 @@ class Attention(torch.nn.Module):
         return neighborhood_attention(*qkv.unbind(3), self.rpb)
 
 
+@NEEDS_MODERN
 @pytest.mark.parametrize('dynamic', [False, True])
 def test_exported(dynamic):
     """In operations of PyTorch's alone."""
+    from torch.fx.experimental import _config as symbolic_shapes_config
+
     *maps, rpb = arguments(1, 33, 59, 2, 4, 7)
     sides = {1: torch.export.Dim('height', min=7), 2: torch.export.Dim('width', min=7)}
     with symbolic_shapes_config.patch(backed_size_oblivious=True):

@@ -73,6 +73,7 @@ def use(python, data, folder, train_config, test_config, zoo_config):
     assert 'Testing finished successfully' in output
     for config in (zoo_config, ZOO_CONFIG):  # by path and by bare name
         assert 'multiply-adds' in run(*mim, 'run', 'mmslide', 'get_flops', config, '--shape', 64, 64, cwd=folder)
+    assert 'Slide Attention on cpu' in run(*mim, 'run', 'mmslide', 'doctor', '--json', cwd=folder)
     output = run(*mim, 'search', 'mmslide', '--model', 'Slide-PVT', cwd=folder)
     assert ZOO_CONFIG[:-3] in output
     assert 'none yet; mim download delivers the config alone' in output

@@ -5,9 +5,8 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from helpers import GOLDEN, golden_state, randomize, relative_error
+from helpers import GOLDEN, NEEDS_MODERN, golden_state, randomize, relative_error
 from torch import distributed, nn
-from torch.distributed.fsdp import fully_shard
 from torch.nn.modules import module as torch_module
 from torch.nn.utils import prune
 
@@ -174,7 +173,7 @@ def test_empty_maps(backend, size):
         (dict(q=torch.randn(1, 4, 4, 2, 8).half()), r'share one floating-point dtype'),
         (
             dict(backend='cuda'),
-            r"backend must be one of \['conv', 'native', 'reference', 'tapwise', 'triton', 'unrolled'\]",
+            r"backend must be one of \['conv', 'gpu', 'native', 'reference', 'tapwise', 'triton', 'unrolled'\]",
         ),
         (dict(rpb=torch.randn(2, 9, device='meta')), r"must be on one device, got \['cpu', 'meta'\]"),
         (dict(dropout_p=1.0), r'dropout_p must be in \[0, 1\)'),
@@ -388,9 +387,11 @@ def mesh():
     distributed.destroy_process_group()
 
 
+@NEEDS_MODERN
 @pytest.mark.filterwarnings('ignore:FSDP2-wrapped')
 @pytest.mark.parametrize('shard', [nn.Linear, nn.LayerNorm, MLP, SlideAttention, Block], ids=lambda cls: cls.__name__)
 def test_sharded_layers(mesh, shard):
+    fully_shard = pytest.importorskip('torch.distributed.fsdp').fully_shard
     model = randomize(SlidePVT(MINI, drop_path_rate=0.0))
     sharded = copy.deepcopy(model)
     for module in [module for module in sharded.modules() if type(module) is shard]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import mmcv
 import pytest
 import torch
+from helpers import NEEDS_MODERN
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
 
@@ -99,6 +100,7 @@ def test_backbone_in_a_users_own_config(custom_imports, tmp_path):
     assert isinstance(backbone, mmslide.models.SlideSwin)
 
 
+@NEEDS_MODERN
 def test_torch_reads_checkpoints_safely_by_default():
     """What the loader relies on: without a word, torch.load refuses to run anything."""
     import inspect

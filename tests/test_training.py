@@ -14,6 +14,8 @@ import torch
 from helpers import run, tool, tool_error
 from torch.distributed.elastic.utils.distributed import get_free_port
 
+from mmslide.checkpoints import read_checkpoint
+
 REPOSITORY = Path(__file__).parent.parent
 DETECTOR = REPOSITORY / 'configs/mini/cascade-mask-rcnn_slide-pvt-mini_fpn_mini-coco.py'
 SEGMENTOR = next((REPOSITORY / 'configs/mini').glob('slide-swin-mini_upernet_*.py'))
@@ -86,7 +88,7 @@ def test_fused_detector_predicts_the_same(detector, detection, tmp_path):
     """Through the same tool, with the config that lies beside the fused checkpoint."""
     fused = tmp_path / 'fused.pth'
     tool('fuse_checkpoint', DETECTOR, detector, fused)
-    assert torch.load(fused, weights_only=True)['meta']['fused'] is True
+    assert read_checkpoint(fused)['meta']['fused'] is True
     tables, predictions = [], []
     for config, checkpoint in ((DETECTOR, detector), (fused.with_suffix('.py'), fused)):
         out = tmp_path / f'{checkpoint.stem}.pkl'
@@ -196,7 +198,7 @@ def test_training_killed_and_resumed(moment, whole, detection, tmp_path):
     output = tool('train', DETECTOR, '--resume', *options)
     assert f'resumed epoch: {whole}' in output
     assert ('epoch_2.pth is not a readable checkpoint' in output) == (whole == 1)
-    assert torch.load(work_dir / 'epoch_3.pth', weights_only=True)['meta']['epoch'] == 3
+    assert read_checkpoint(work_dir / 'epoch_3.pth')['meta']['epoch'] == 3
 
 
 @pytest.mark.parametrize('task', ['detection', 'segmentation'])
@@ -354,10 +356,10 @@ def test_no_network_is_one_message_and_no_work_dir(detection, tmp_path):
 
 @pytest.mark.parametrize('which', ['segmentor', 'empty', 'headless', 'stages', 'nothing'])
 def test_a_checkpoint_that_does_not_fit_is_refused(which, detector, segmentor, detection, tmp_path):
-    content = torch.load(detector, weights_only=True)
+    content = read_checkpoint(detector)
     options, message = [], rf'does not fit {re.escape(str(DETECTOR))}: \d+ keys missing \(\S'
     if which == 'segmentor':
-        content = torch.load(segmentor, weights_only=True)
+        content = read_checkpoint(segmentor)
     elif which == 'empty':
         content['state_dict'], message = {}, 'holds no state dict'
     elif which == 'headless':

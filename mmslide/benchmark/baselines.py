@@ -7,7 +7,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from mmslide.models import SlideCSWin, SlideNAT
 from mmslide.models.attention import CrossShapedWindowAttention, NeighborhoodAttention, SlideAttention
@@ -79,11 +78,13 @@ def flex(kernel_size: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @lru_cache
 def _compiled_flex() -> Callable[..., Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention
+
     return torch.compile(flex_attention)
 
 
 @lru_cache
-def _neighbours(height: int, width: int, kernel_size: int, device: torch.device) -> BlockMask:
+def _neighbours(height: int, width: int, kernel_size: int, device: torch.device) -> Any:
     padded_width = width + kernel_size - 1
 
     def near(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -91,6 +92,8 @@ def _neighbours(height: int, width: int, kernel_size: int, device: torch.device)
         return (row >= 0) & (row < kernel_size) & (column >= 0) & (column < kernel_size)
 
     size = height * width, (height + kernel_size - 1) * padded_width
+    from torch.nn.attention.flex_attention import create_block_mask
+
     return create_block_mask(near, None, None, *size, device=device, _compile=True)
 
 

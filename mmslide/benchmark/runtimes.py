@@ -19,7 +19,6 @@ from mmslide.deploy import fuse, targets
 from mmslide.deploy.export import compare, metadata, random_images
 from mmslide.deploy.graphs import part
 from mmslide.deploy.targets import TARGETS, Runner, Target, Traced
-from mmslide.deploy.trace import trace
 from mmslide.models.pyramid import Pyramid
 
 # The peak of a process that runs a file, above what it has when the runtime is loaded.
@@ -95,6 +94,8 @@ def measure_exported(
     Raises:
         RuntimeError: a file's results differ from PyTorch's.
     """
+    from mmslide.deploy.trace import trace  # needs PyTorch 2.6
+
     models: list[Any] = [build_model(config).eval() for config in configs]
     # A baseline may be of another package.
     modules = [part(fuse(x) if isinstance(x.backbone, Pyramid) else x, name, shape) for x in models]

@@ -16,7 +16,6 @@ from .fuse import fuse
 from .graphs import EXACT, PARTS, Exportable, part
 from .targets import Metadata, Target, Traced, find_target, require
 from .targets.images import MIN_SIDE, normalize, prepare, read_image, to_pixels
-from .trace import trace
 
 IMAGE_SUFFIXES = {'.bmp', '.jpeg', '.jpg', '.png', '.webp'}
 # Of a calibration folder; more change the ranges little and take long.
@@ -58,10 +57,12 @@ def export(
     Raises:
         ValueError: an argument does not fit, or see `load_model`.
         FileNotFoundError: one of the files does not exist.
-        ImportError: the target's packages are not installed.
+        ImportError: PyTorch is older than 2.6, or the target's packages are not installed.
         RuntimeError: the results differ, or the graph does not run.
         OSError: out cannot be written.
     """
+    from .trace import trace  # needs PyTorch 2.6
+
     target = find_target(out)
     precision = precision or next(iter(target.precisions))
     check_arguments(target, name, shape, dynamic, precision, calibration)

@@ -4,6 +4,12 @@ from operator import attrgetter
 from typing import Any
 
 import torch
+
+from mmslide.compat import MODERN
+
+if not MODERN:
+    raise ImportError(f'export needs PyTorch 2.6 or later, got {torch.__version__}')
+
 import torch.fx.experimental._config
 from torch import Tensor
 from torch.export import Dim, ExportedProgram

@@ -1,9 +1,9 @@
 from typing import Any
 
-import torch
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
+from mmslide.compat import is_autocast_enabled
 from mmslide.ops.mlp import mlp_in_blocks
 
 from .plain import is_plain
@@ -52,7 +52,7 @@ class MLP(BaseModule):
 
     def _pays_in_blocks(self, x: Tensor, norm: Any) -> bool:
         """Whether `mlp_in_blocks` computes the same as the layers one after another, faster, and nobody can notice."""
-        if x.device.type != 'cpu' or torch.is_autocast_enabled('cpu'):
+        if x.device.type != 'cpu' or is_autocast_enabled('cpu'):
             return False
         layers: list[Any] = [norm, *self.layers.modules()]
         if not is_plain(x, layers, LAYERS) or any(y.training and y.p for y in layers if isinstance(y, nn.Dropout)):

@@ -3,7 +3,8 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.nn.modules.module import _has_any_global_hook
+
+from mmslide.compat import has_any_global_hook, is_compiling
 
 
 def is_plain(x: Tensor, layers: Sequence[nn.Module], types: Sequence[Collection[type[nn.Module]]]) -> bool:
@@ -17,13 +18,13 @@ def is_plain(x: Tensor, layers: Sequence[nn.Module], types: Sequence[Collection[
         types: of each layer, those that it may have exactly.
     """
     return (
-        not torch.compiler.is_compiling()
+        not is_compiling()
         and not torch.jit.is_tracing()
         and not torch._C._are_functorch_transforms_active()
         and not torch._C._len_torch_function_stack()
         and not torch._C._len_torch_dispatch_stack()
         and forward_ad._current_level < 0
-        and not _has_any_global_hook()
+        and not has_any_global_hook()
         and type(x) in (Tensor, nn.Parameter)
         and len(layers) == len(types)
         and all(type(layer) in allowed and _is_plain(layer) for layer, allowed in zip(layers, types, strict=True))

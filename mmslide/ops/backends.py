@@ -5,11 +5,14 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+from mmslide.compat import is_compiling
 
 from . import native
 from .conv import conv
@@ -53,6 +56,8 @@ def _device_refusal(device: torch.device) -> str | None:
         return f'needs CUDA tensors (or TRITON_INTERPRET=1 for slow trials on a CPU), got {device.type}'
     if find_spec('triton') is None:
         return 'needs the package triton, which is not installed'
+    if int(version('triton').split('.')[0]) < 3:
+        return f'needs Triton 3 or later, got {version("triton")}'
     if device.type == 'cuda':
         properties = torch.cuda.get_device_properties(device)
         if torch.version.hip or properties.major < 8:
@@ -67,7 +72,12 @@ BACKENDS = {
     'tapwise': Backend(partial(custom_op, backend='tapwise'), widens=True),
     'native': Backend(partial(custom_op, backend='native'), native.refusal, widens=True),
     'triton': Backend(partial(custom_op, backend='triton'), triton_refusal, widens=True),
+    'gpu': Backend(partial(custom_op, backend='gpu'), triton_refusal, widens=True),
 }
+
+
+# Read once, since torch.compile does not follow the environment.
+WANTED = os.environ.get('MMSLIDE_BACKEND')
 
 
 def check_backend(name: str, value: str | None) -> None:
@@ -77,17 +87,26 @@ def check_backend(name: str, value: str | None) -> None:
 
 
 def choose_backend(q: Tensor, weight: Tensor) -> str:
-    """What `backend=None` takes.
+    """What `backend=None` takes: the environment variable MMSLIDE_BACKEND if it is set, else
 
-    'conv' on the meta device and for forward-mode derivatives, 'native' on a CPU where it can, 'tapwise' everywhere
-    else.
+    - 'conv' on the meta device and for forward-mode derivatives,
+    - on a CPU 'native' where it can, else 'tapwise',
+    - on CUDA 'gpu' where it can, else 'tapwise',
+    - on other devices 'unrolled', plain operations.
 
-    'triton' has to be asked for: its kernels agree with the reference in Triton's interpreter and compile for GPUs, but
-    have not run on a GPU yet.
+    Raises:
+        ValueError: there is no backend of the name in MMSLIDE_BACKEND.
     """
     if q.is_meta or forward_ad._current_level >= 0:
         return 'conv'
+    if WANTED:
+        check_backend('MMSLIDE_BACKEND', WANTED)
+        return WANTED
+    if q.device.type not in ('cpu', 'cuda'):
+        return 'unrolled'
+    if q.is_cuda:
+        return 'tapwise' if triton_refusal(q, weight) else 'gpu'
     reason = native.refusal(q, weight)
-    if reason and reason == native.why_none and not torch.compiler.is_compiling():
+    if reason and reason == native.why_none and not is_compiling():
         warnings.warn(f"backend 'native' {reason}; 'tapwise' stands in and is slower", stacklevel=3)
     return 'tapwise' if reason else 'native'

@@ -8,21 +8,27 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
+
+from mmslide.compat import register_custom_op, register_flop_formula
 
 from .autocast import without_autocast
+from .check import trusted
 
 # The module of each backend, with a `forward` and a `backward`. They take q, k and v as they are and widen them bit by
 # bit.
 KERNELS = {'native': 'native', 'tapwise': 'tapwise', 'triton': 'triton_kernels'}
 
 
-def _kernels(backend: str) -> Any:
-    """Imported at the first use."""
+def _kernels(backend: str, q: Tensor, weight: Tensor) -> Any:
+    """Imported at the first use. 'gpu' is 'triton' where that has proved right, which is asked here, so that eager,
+    compiled and distributed code get the same answer.
+    """
+    if backend == 'gpu':
+        backend = 'triton' if trusted(q, weight) else 'tapwise'
     return import_module(f'{__package__}.{KERNELS[backend]}')
 
 
-@torch.library.custom_op('mmslide::slide_attention', mutates_args=())
+@register_custom_op('mmslide::slide_attention', mutates_args=())
 def custom_op(
     q: Tensor,
     k: Tensor,
@@ -35,10 +41,10 @@ def custom_op(
     backend: str,
 ) -> Tensor:
     """See `mmslide.ops.slide_attention` for shapes; the arguments are not checked again here."""
-    return _kernels(backend).forward(q, k, v, weight, bias, rpb, scale, dropout_mask)
+    return _kernels(backend, q, weight).forward(q, k, v, weight, bias, rpb, scale, dropout_mask)
 
 
-@torch.library.custom_op('mmslide::slide_attention_backward', mutates_args=())
+@register_custom_op('mmslide::slide_attention_backward', mutates_args=())
 def _backward(
     grad_out: Tensor,
     q: Tensor,
@@ -54,7 +60,8 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of q, k, v, weight, bias and rpb; empty tensors for the last three without `parameters`."""
     with without_autocast(grad_out):
-        grads = _kernels(backend).backward(grad_out, q, k, v, weight, bias, rpb, scale, dropout_mask, parameters)
+        kernels = _kernels(backend, q, weight)
+        grads = kernels.backward(grad_out, q, k, v, weight, bias, rpb, scale, dropout_mask, parameters)
     return grads if parameters else (*grads, *_empty(weight, bias, rpb))
 
 

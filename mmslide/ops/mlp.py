@@ -5,6 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mmslide.compat import is_batched
+
 from .autocast import without_autocast
 
 # Of the hidden layer at a time: what the caches of two cores hold.
@@ -71,7 +73,7 @@ class _MLPInBlocks(torch.autograd.Function):
         *inputs, kept = ctx.saved_tensors
         needed = ctx.needs_input_grad[: len(inputs)]
         with without_autocast(grad_out):
-            if torch.is_grad_enabled() or _is_batched(grad_out):
+            if torch.is_grad_enabled() or is_batched(grad_out):
                 grads = _differentiable_gradients(grad_out, inputs, ctx.eps, needed)
             else:
                 grads = _gradients(grad_out, inputs, kept, ctx.eps, needed)
@@ -124,11 +126,6 @@ def _differentiable_gradients(
     wanted = [y for y, need in zip(own, needed, strict=True) if need]
     grads = iter(torch.autograd.grad(out, wanted, grad_out, create_graph=create_graph))
     return [next(grads) if need else None for need in needed]
-
-
-def _is_batched(x: Tensor) -> bool:
-    """Whether x stands for many tensors, in vmap or for `torch.autograd.grad(..., is_grads_batched=True)`."""
-    return torch._C._functorch.is_batchedtensor(x) or torch._C._functorch.is_legacy_batchedtensor(x)
 
 
 class _Blocks:

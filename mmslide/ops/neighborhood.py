@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.utils.flop_counter import register_flop_formula
+
+from mmslide.compat import is_compiling, is_exporting, register_custom_op, register_flop_formula
 
 from . import native, tiles
 from .autocast import without_autocast
@@ -37,10 +38,10 @@ def neighborhood_attention(
     _check(q, k, v, rpb, dropout_p)
     if scale is None:
         scale = q.shape[-1] ** -0.5
-    if torch.compiler.is_exporting() or forward_ad._current_level >= 0:  # the operator would lose tangents silently
+    if is_exporting() or forward_ad._current_level >= 0:  # the operator would lose tangents silently
         return tiles.whole_map(q, k, v, rpb, scale, dropout_p)
     reason = native.neighborhood_refusal(q, rpb)
-    if reason and reason == native.why_none and not torch.compiler.is_compiling():
+    if reason and reason == native.why_none and not is_compiling():
         warnings.warn(f'the library of CPU kernels {reason}; plain PyTorch stands in and is slower', stacklevel=2)
     dropout_mask = None
     if dropout_p > 0:
@@ -74,14 +75,14 @@ def _check(q: Tensor, k: Tensor, v: Tensor, rpb: Tensor, dropout_p: float) -> No
         raise ValueError(f'dropout_p must be in [0, 1), got {dropout_p=}')
 
 
-@torch.library.custom_op('mmslide::neighborhood_attention', mutates_args=())
+@register_custom_op('mmslide::neighborhood_attention', mutates_args=())
 def custom_op(q: Tensor, k: Tensor, v: Tensor, rpb: Tensor, scale: float, dropout_mask: Tensor | None) -> Tensor:
     forward = tiles.forward if native.neighborhood_refusal(q, rpb) else native.neighborhood_forward
     with without_autocast(q):
         return forward(q, k, v, rpb, scale, dropout_mask)
 
 
-@torch.library.custom_op('mmslide::neighborhood_attention_backward', mutates_args=())
+@register_custom_op('mmslide::neighborhood_attention_backward', mutates_args=())
 def _backward(
     grad_out: Tensor,
     q: Tensor,

@@ -36,7 +36,8 @@ def slide_attention(
         dropout_p: probability with which an attention weight is zeroed, as in `scaled_dot_product_attention`.
         backend: 'native' (compiled CPU kernels for float32; no extra memory but each thread's sums of the kernels'
             gradients), 'tapwise' (extra memory of the inputs' size at most, forward and backward), 'triton' (GPU
-            kernels; in backward extra memory of 2·k² float32 numbers for each pixel and head, in forward none),
+            kernels; in backward extra memory of 2·k² float32 numbers for each pixel and head, in forward none), 'gpu'
+            (these where a check on this very device finds them right, else 'tapwise'),
             'unrolled' (plain operations: for tracing and export; in training it keeps many maps), 'conv' (one
             convolution; stores K and V k² times), 'reference' (likewise; reads like the equation). None takes what
             `choose_backend` says.

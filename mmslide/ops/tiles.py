@@ -261,5 +261,5 @@ def _regions(q: Tensor, rpb: Tensor) -> Iterator[_Region]:
     all_rows, all_columns = (_runs(side, kernel_size) for side in q.shape[1:3])
     for rows in all_rows:
         for columns in all_columns:
-            index = rows.index(q.device)[:, None, :, None], columns.index(q.device)[None, :, None, :]
-            yield _Region(rows, columns, table[:, *index].flatten(3, 4).flatten(1, 2))
+            row, column = rows.index(q.device)[:, None, :, None], columns.index(q.device)[None, :, None, :]
+            yield _Region(rows, columns, table[:, row, column].flatten(3, 4).flatten(1, 2))

@@ -1,8 +1,8 @@
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
-from typing import Self
 
 from torch import Tensor
+from typing_extensions import Self
 
 from mmslide.models.arguments import check_heads, check_rate
 from mmslide.models.base import BaseModule, InitCfg

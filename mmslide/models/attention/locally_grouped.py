@@ -2,7 +2,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from mmslide.compat import statically_known_true
 
 from .window import WindowAttentionBase
 

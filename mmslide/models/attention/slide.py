@@ -1,10 +1,11 @@
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from mmslide.models.arguments import check_integer
 from mmslide.models.plain import is_plain

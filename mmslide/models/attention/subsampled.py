@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from mmcv.cnn import build_norm_layer
 from torch import Tensor, nn
 
+from mmslide.compat import is_compiling
 from mmslide.models.arguments import check_integer
 
 from .base import Attention
@@ -54,7 +55,7 @@ def query_parts(q: Tensor) -> int:
     On a CPU the backward of scaled_dot_product_attention gives each image and head to one thread; where there are fewer
     than threads, it is many times slower.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or q.device.type != 'cpu' or not q.requires_grad:
+    if is_compiling() or torch.jit.is_tracing() or q.device.type != 'cpu' or not q.requires_grad:
         return 1
     batch, count, heads, _ = q.shape
     least = -(-torch.get_num_threads() // max(1, batch * heads))

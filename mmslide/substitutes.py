@@ -1,0 +1,110 @@
+"""Stands in for what PyTorch before 2.6 lacks, under the names of `mmslide.compat`. It works with later ones too."""
+
+import inspect
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import torch._dynamo
+import torch.utils.flop_counter
+from torch import Tensor
+from torch.nn.modules import module
+
+from .unpickler import load
+
+is_compiling = torch._dynamo.is_compiling
+# How files of torch.save begin that are no zip files: a pickled number.
+OLD_FORMAT = b'\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.'
+
+
+class CustomOp:
+    """Stands in for `torch.library.custom_op`: an operator made of a Python function of tensors and plain values."""
+
+    TYPES: ClassVar = {Tensor: 'Tensor', Tensor | None: 'Tensor?', float: 'float', bool: 'bool', str: 'str'}
+
+    def __init__(self, qualified_name: str, function: Callable) -> None:
+        namespace, self.name = qualified_name.split('::')
+        # Operators last as long as the library that they were declared by.
+        self.library = torch.library.Library(namespace, 'FRAGMENT')
+        signature = inspect.signature(function)
+        parameters = ', '.join(f'{self.TYPES[x.annotation]} {x.name}' for x in signature.parameters.values())
+        returns = signature.return_annotation
+        count = 0 if returns is Tensor else len(returns.__args__)
+        result = f'({", ".join(["Tensor"] * count)})' if count else 'Tensor'
+        self.library.define(f'{self.name}({parameters}) -> {result}')
+        self.library.impl(self.name, function, 'CompositeExplicitAutograd')
+        self.overload = getattr(getattr(torch.ops, namespace), self.name).default
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.overload(*args, **kwargs)
+
+    def register_fake(self, function: Callable) -> Callable:
+        self.library.impl(self.name, function, 'Meta')
+        return function
+
+    def register_autograd(
+        self, backward: Callable, *, setup_context: Callable = lambda ctx, inputs, output: None
+    ) -> None:
+        overload = self.overload
+
+        class Function(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, *args: Any) -> Any:
+                with torch._C._AutoDispatchBelowAutograd():
+                    output = overload(*args)
+                setup_context(ctx, args, output)
+                return output
+
+        Function.backward = staticmethod(backward)  # type: ignore[method-assign]
+        self.library.impl(self.name, Function.apply, 'Autograd')
+
+
+def register_custom_op(name: str, *, mutates_args: tuple) -> Callable[[Callable], CustomOp]:
+    return lambda function: CustomOp(name, function)
+
+
+def register_flop_formula(operator: Any) -> Callable[[Callable], Callable]:
+    def register(formula: Callable) -> Callable:
+        torch.utils.flop_counter.flop_mapping[operator] = formula  # type: ignore[attr-defined]
+        return formula
+
+    return register
+
+
+def is_autocast_enabled(device_type: str) -> bool:
+    return torch.is_autocast_cpu_enabled() if device_type == 'cpu' else torch.is_autocast_enabled()
+
+
+def is_batched(x: Tensor) -> bool:
+    """What `torch.autograd.grad(..., is_grads_batched=True)` makes cannot be told there."""
+    return torch._C._functorch.is_batchedtensor(x)
+
+
+def has_any_global_hook() -> bool:
+    hooks = ('forward', 'forward_pre', 'backward', 'backward_pre')
+    return any(getattr(module, f'_global_{name}_hooks') for name in hooks)
+
+
+def is_exporting() -> bool:
+    return False
+
+
+def statically_known_true(condition: Any) -> bool:
+    """No size is a symbol there."""
+    return bool(condition)
+
+
+def safe_load(file: Path, map_location: Any, globals_: dict[str, Any]) -> Any:
+    from .stack import HISTORY_GLOBALS
+
+    with file.open('rb') as stream:
+        old = stream.read(len(OLD_FORMAT)) == OLD_FORMAT
+    if old:
+        raise pickle.UnpicklingError('GLOBAL the format of PyTorch before 1.6, which takes PyTorch 2.6 to read safely')
+    return load(file, map_location, {**HISTORY_GLOBALS, **globals_})
+
+
+def add_safe_globals(_: list) -> None:
+    """Nothing: only `safe_load` reads checkpoints, with a list of its own."""
