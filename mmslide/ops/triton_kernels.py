@@ -10,10 +10,10 @@ operation, and tiles have fixed sizes, not tuned when called, so that all result
 3. `_parameter_kernel`, for each tap a fixed number of programs that sum over pixels and heads: the gradients of weight
    and bias, whose shares are summed at the end. Each tap reads the maps again, from the cache for the most part.
 
-All arithmetic is done in float32, whatever the dtype of q. Products of float32 maps are plain float32 ('ieee'). Those
-of half-precision maps run on tensor cores, each operand split into two TF32 numbers ('tf32x3'): a single TF32 number or
-a half-precision one would lose the small learned part of a kernel next to the shift's 1, and half precision the range
-of q · k as well.
+The shift is no part of the products: of a kernel W = I + D, slot j's own tap adds q · k(p + t_j) to the logit and
+a_j · v(p + t_j) to the output, in float32, and D alone goes through `tl.dot`. So products of half-precision maps run on
+tensor cores in the maps' dtype, and a small learned part is not rounded off beside the shift's 1. Those of float32 maps
+are plain float32 ('ieee'). Sums, softmax and everything else are float32 always.
 
 Offsets are 64-bit, so that maps may have more than 2³¹ elements.
 """
@@ -54,17 +54,32 @@ def _store(pointers, columns, stride, start, y, x, height, width, values):
 
 
 @triton.jit
+def _dot(x, matrix, PRECISION: tl.constexpr):
+    """x in float32 times a matrix, in the matrix's dtype."""
+    return tl.dot(x.to(matrix.dtype), matrix, input_precision=PRECISION)
+
+
+@triton.jit
+def _merged(weights, kernel, tap, PRECISION: tl.constexpr):
+    """Σ_j weights_j · W[c, j, t], the shift included, for D of a tap (channels, slots): (pixels, channels)."""
+    own = tl.where(tl.arange(0, kernel.shape[1])[None, :] == tap, weights, 0.0)
+    return _dot(weights, tl.trans(kernel), PRECISION) + tl.sum(own, 1)[:, None]
+
+
+@triton.jit
 def _gather(
     factor, pointers, columns, stride, start, y, x, height, width, kernels, KERNEL_SIZE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Σ_t Σ_c factor_c · map_c(p + t) · W[c, j, t] + Σ_c factor_c · b[c, j]: (pixels, slots)."""
     SIZE: tl.constexpr = kernels.shape[0] * kernels.shape[1]
-    sums = tl.dot(factor, tl.load(kernels + KERNEL_SIZE * KERNEL_SIZE * SIZE), input_precision=PRECISION)
+    slot = tl.arange(0, kernels.shape[1])[None, :]
+    sums = _dot(factor, tl.load(kernels + KERNEL_SIZE * KERNEL_SIZE * SIZE), PRECISION)
     for tap in range(KERNEL_SIZE * KERNEL_SIZE):
         down, right = tap // KERNEL_SIZE - KERNEL_SIZE // 2, tap % KERNEL_SIZE - KERNEL_SIZE // 2
-        neighbours = _load(pointers, columns, stride, start, y + down, x + right, height, width)
-        sums = tl.dot(factor * neighbours, tl.load(kernels + tap * SIZE), sums, input_precision=PRECISION)
+        products = factor * _load(pointers, columns, stride, start, y + down, x + right, height, width)
+        sums += _dot(products, tl.load(kernels + tap * SIZE), PRECISION)
+        sums += tl.where(slot == tap, tl.sum(products, 1)[:, None], 0.0)
     return sums
 
 
@@ -75,11 +90,11 @@ def _spread(
 ):  # fmt: skip
     """Σ_t map_c(p + t) · Σ_j weights_j · W[c, j, t] + Σ_j weights_j · b[c, j]: (pixels, channels)."""
     SIZE: tl.constexpr = kernels.shape[0] * kernels.shape[1]
-    sums = tl.dot(weights, tl.trans(tl.load(kernels + KERNEL_SIZE * KERNEL_SIZE * SIZE)), input_precision=PRECISION)
+    sums = _dot(weights, tl.trans(tl.load(kernels + KERNEL_SIZE * KERNEL_SIZE * SIZE)), PRECISION)
     for tap in range(KERNEL_SIZE * KERNEL_SIZE):
         down, right = tap // KERNEL_SIZE - KERNEL_SIZE // 2, tap % KERNEL_SIZE - KERNEL_SIZE // 2
         neighbours = _load(pointers, columns, stride, start, y + down, x + right, height, width)
-        sums += neighbours * tl.dot(weights, tl.trans(tl.load(kernels + tap * SIZE)), input_precision=PRECISION)
+        sums += neighbours * _merged(weights, tl.load(kernels + tap * SIZE), tap, PRECISION)
     return sums
 
 
@@ -185,13 +200,13 @@ def _key_value_kernel(
     for tap in range(TAPS):
         # This pixel is tap t of the pixel at p - t.
         up, left = y - (tap // KERNEL_SIZE - KERNEL_SIZE // 2), x - (tap % KERNEL_SIZE - KERNEL_SIZE // 2)
-        kernel = tl.trans(tl.load(kernels + tap * CHANNELS * SLOTS))
+        kernel = tl.load(kernels + tap * CHANNELS * SLOTS)
         query = _load(q, channels, stride, start, up, left, height, width)
         grad_logit = _load(grad_logits + slot_columns, slots, heads * TAPS, start, up, left, height, width)
-        key_sums += query * tl.dot(grad_logit, kernel, input_precision=PRECISION)
+        key_sums += query * _merged(grad_logit, kernel, tap, PRECISION)
         grad = _load(grad_out + own_columns, channels, heads * HEAD_DIMS, start, up, left, height, width)
         weights = _load(attention + slot_columns, slots, heads * TAPS, start, up, left, height, width)
-        value_sums += grad * tl.dot(weights, kernel, input_precision=PRECISION)
+        value_sums += grad * _merged(weights, kernel, tap, PRECISION)
     _store(grad_k + own_columns, channels, heads * HEAD_DIMS, start, y, x, height, width, key_sums)
     _store(grad_v + own_columns, channels, heads * HEAD_DIMS, start, y, x, height, width, value_sums)
 
@@ -301,9 +316,10 @@ class _Launch:
             self.maps = [x.contiguous() for x in self.maps]
         # Powers of two, and what `tl.dot` takes at least.
         channels, padded_slots = (max(16, triton.next_power_of_2(size)) for size in (head_dims, slots))
-        # (k² + 1, channels, slots): a matrix for each tap, and the bias.
-        self.kernels = weight.new_zeros(slots + 1, channels, padded_slots)
-        self.kernels[:slots, :head_dims, :slots] = weight.flatten(2).permute(2, 0, 1)
+        # (k² + 1, channels, slots): for each tap a matrix of the learned part, and the bias.
+        learned = weight.flatten(2) - torch.eye(slots, device=weight.device)
+        self.kernels = q.new_zeros(slots + 1, channels, padded_slots)
+        self.kernels[:slots, :head_dims, :slots] = learned.permute(2, 0, 1)
         self.kernels[slots, :head_dims, :slots] = bias
         # A matrix instruction of a warp group takes 64 pixels. Long channels and plain float32 products need more
         # registers than that leaves.
@@ -319,7 +335,7 @@ class _Launch:
             SLOTS=padded_slots,
             TILE_HEIGHT=tile_height,
             TILE_WIDTH=tile_width,
-            PRECISION='ieee' if q.dtype == torch.float32 else 'tf32x3',
-            num_warps=8 if small else 4,
+            PRECISION='ieee' if q.dtype == torch.float32 else 'tf32',
+            num_warps=8 if small or channels > 32 else 4,
             num_stages=1,
         )
