@@ -115,7 +115,7 @@ def test_floor():
     assert machine.matrix_rate > 1e8
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ('name', 'training'), [(name, training) for name in BACKBONES for training in (False, True)[: 2 - ('/' in name)]]
 )
@@ -134,7 +134,7 @@ def test_a_wrong_backend_is_noticed(monkeypatch):
         backbone_pair('slide-swin-t', 64, 96)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_models():
     from mmengine.config import Config
 
@@ -177,7 +177,7 @@ def test_plot(command, monkeypatch, capsys, tmp_path):
     assert '0.001 to 0.004 Mpixels: time ×' in capsys.readouterr().out
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_flex_attention_is_the_op_with_nothing_learned():
     pair = op_pair(9, 11, 32, 2, kernel_size=3, baseline='flex')
     with torch.no_grad():  # on a CPU it has no backward
@@ -187,7 +187,7 @@ def test_flex_attention_is_the_op_with_nothing_learned():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('mlp_ratio', [0, 2])
+@pytest.mark.parametrize('mlp_ratio', [0, pytest.param(2, marks=pytest.mark.exhaustive)])
 def test_exported_layers_agree_and_are_measured(mlp_ratio, monkeypatch):
     fused, two_path = compare_exported(9, 13, 16, 2, 3, mlp_ratio, seconds=0.0)
     assert fused.seconds > 0
@@ -197,7 +197,7 @@ def test_exported_layers_agree_and_are_measured(mlp_ratio, monkeypatch):
         compare_exported(9, 13, 16, 2, 3, mlp_ratio, seconds=0.0)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_exported_layers_through_the_tool(tmp_path, monkeypatch, capsys):
     tool(monkeypatch, 'onnx', '--maps', '8x8x16x2', '--seconds', 0, '--json', tmp_path / 'figures.json')
     assert 'in onnxruntime, float32, 2 CPU threads' in capsys.readouterr().out
@@ -206,7 +206,7 @@ def test_exported_layers_through_the_tool(tmp_path, monkeypatch, capsys):
     assert record['fused_ms'] > 0
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_exported_models_through_the_tool(tmp_path, monkeypatch, capsys):
     config = 'slide-swin-mini_upernet_mini-ade20k-64x64.py'
     host = tmp_path / 'host.py'

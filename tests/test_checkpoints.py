@@ -105,7 +105,7 @@ def test_a_crafted_checkpoint_runs_nothing(way, source, evil, server, tmp_path, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('source', ['file', 'url'])
+@pytest.mark.parametrize('source', ['file', pytest.param('url', marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize(
     'command', ['test', 'resume', 'load_from', 'convert', 'fuse', pytest.param('export', marks=NEEDS_MODERN)]
 )

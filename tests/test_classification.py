@@ -397,7 +397,7 @@ def test_classifier_is_tested_dumped_and_drawn(checkpoint, config, options, tmp_
     assert 'error: mmpretrain cannot draw augmented images' in output
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_test_time_augmentation_uses_the_averaged_weights(checkpoint, config, options, tmp_path):
     scores = []
     for name in (config, MINI):  # with EMAHook and without
@@ -426,7 +426,7 @@ def test_averaged_weights_are_fine_tuned_for_other_classes(checkpoint, config, o
     assert all(torch.equal(value, states[1][key]) for key, value in states[0].items() if 'backbone' in key)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_classifier_is_resumed(checkpoint, config, options, tmp_path):
     output = tool('train', config, '--work-dir', tmp_path, '--resume', checkpoint, *options, 'train_cfg.max_epochs=2')
     assert 'resumed epoch: 1' in output

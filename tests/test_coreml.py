@@ -159,7 +159,7 @@ def test_backbones(backbone, runtime, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('precision', coreml.precisions)
+@pytest.mark.parametrize('precision', ['fp16', pytest.param('fp32', marks=pytest.mark.exhaustive)])
 def test_a_classifier(precision, runtime, tmp_path):
     """Beside random numbers an image, and in the place of an older package."""
     config, checkpoint = classifier(tmp_path, 'SlidePVT')

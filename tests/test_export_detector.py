@@ -220,7 +220,7 @@ def export(model: nn.Module, path: Path, *inputs: Tensor) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     'kind',
-    [x if x in ('mini cascade', 'retinanet') else pytest.param(x, marks=pytest.mark.exhaustive) for x in KINDS],
+    [x if x == 'retinanet' else pytest.param(x, marks=pytest.mark.exhaustive) for x in KINDS],
 )
 def test_onnx(kind, tmp_path):
     """Also on an image that the export has not seen, and without anything to find."""
@@ -261,7 +261,9 @@ def test_dynamic_is_refused(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('kind', ['mask-rcnn', pytest.param('cascade', marks=pytest.mark.exhaustive), 'retinanet'])
+@pytest.mark.parametrize(
+    'kind', ['mask-rcnn', *(pytest.param(x, marks=pytest.mark.exhaustive) for x in ('cascade', 'retinanet'))]
+)
 def test_tools_from_a_checkpoint_to_a_picture(kind, tmp_path):
     """From file to file: run_exported prints and draws what mmdet finds."""
     config_file, checkpoint = saved(kind, tmp_path)
@@ -313,13 +315,11 @@ def test_detectors_of_other_formats_in_a_process_of_their_own(suffix, tmp_path):
     config_file, checkpoint = saved('retinanet', tmp_path)
     pixels = (60 * picture(0)[0].permute(1, 2, 0) + 120).clip(0, 255).byte().numpy()
     cv2.imwrite(str(tmp_path / 'in.png'), pixels)
-    found = []
-    for exported in (tmp_path / 'x.onnx', tmp_path / f'x{suffix}'):
-        export_file(str(config_file), str(checkpoint), str(exported), 'model', SHAPE, images=[tmp_path / 'in.png'])
-        lines = tool('run_exported', exported, tmp_path / 'in.png', tmp_path / 'out.png').splitlines()
-        found.append([line.split()[0] for line in lines if ' at ' in line])
-    assert len(found[0]) >= 10
-    assert found[0] == found[1]
+    exported = tmp_path / f'x{suffix}'
+    (_, line) = export_file(config_file, checkpoint, exported, 'model', SHAPE, images=[tmp_path / 'in.png'])
+    count = int(re.search(r'(\d+) found .* the same as PyTorch', line)[1])
+    lines = tool('run_exported', exported, tmp_path / 'in.png', tmp_path / 'out.png').splitlines()
+    assert len([line for line in lines if ' at ' in line]) == count >= 10
 
 
 class Operators(nn.Module):

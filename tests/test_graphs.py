@@ -47,7 +47,8 @@ def assert_compiled_is_eager(model, x, precision, backend):
     torch.compiler.reset()
     outs, grads = step(model, model, x, precision)
     found_outs, found_grads = step(torch.compile(model, backend=backend, fullgraph=True), model, x, precision)
-    tolerance = 1e-5 if precision == 'float32' else 5e-2
+    # Processors without bfloat16 of their own round at other places in the compiled graph.
+    tolerance = 1e-5 if precision == 'float32' else 0.1
     for found, out in zip(found_outs, outs, strict=True):
         assert found.dtype == out.dtype
         assert relative_error(found, out) < tolerance
@@ -58,7 +59,7 @@ def assert_compiled_is_eager(model, x, precision, backend):
 
 @pytest.mark.parametrize(
     'precision',
-    ['float32', pytest.param('bfloat16', marks=pytest.mark.slow), pytest.param('autocast', marks=pytest.mark.slow)],
+    ['float32', *(pytest.param(x, marks=pytest.mark.exhaustive) for x in ('bfloat16', 'autocast'))],
 )
 @EVERY
 def test_compiled_backbones(backbone, precision):
@@ -66,7 +67,7 @@ def test_compiled_backbones(backbone, precision):
     assert_compiled_is_eager(small(backbone).to(dtype), torch.randn(2, 3, *SIZE, dtype=dtype), precision, 'aot_eager')
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     'mixer',
     [

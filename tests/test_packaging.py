@@ -61,18 +61,37 @@ def install(python, *what, cwd, env=None):
     run(python, '-m', 'pip', 'install', '--no-build-isolation', '--no-deps', '--no-index', *what, cwd=cwd, env=env)
 
 
-def use(python, data, folder, train_config, test_config, zoo_config):
-    """Train, test, count, search and download through mim, from a folder that knows nothing of the checkout."""
+def train(python, data, folder, config):
+    """Trains through mim, from a folder that knows nothing of the checkout; the command, and the data's options."""
     folder.mkdir()
     options = ['--cfg-options', f'data_root={data}', 'train_cfg.max_epochs=1', 'train_dataloader.batch_size=2']
     mim = [python, '-m', 'mim']
-    output = run(*mim, 'train', 'mmslide', train_config, '--work-dir', 'work', *options, cwd=folder)
+    output = run(*mim, 'train', 'mmslide', config, '--work-dir', 'work', *options, cwd=folder)
     assert 'Training finished successfully' in output
+    return mim, options[:2]
+
+
+def test_wheel(checkout, python, data, tmp_path):
+    """Train, test, count, check, search and download."""
+    wheels, folder = tmp_path / 'wheels', tmp_path / 'folder'
+    build = ['-m', 'pip', 'wheel', '--no-build-isolation', '--no-deps', '--no-index', '-w', wheels, '.']
+    run(sys.executable, *build, cwd=checkout)
+    (wheel,) = wheels.iterdir()
+    install(python, wheel, cwd=tmp_path)
+    shutil.rmtree(checkout)
+    where = run(python, '-c', 'import mmslide; print(mmslide.__file__)', cwd=tmp_path)
+    assert str(tmp_path / 'environment') in where
+    assert 'backend: native' in run(python, '-c', CHOICE, cwd=tmp_path)
+    installed = Path(where.strip().splitlines()[-1]).parent / '.mim'
+    assert not (installed / 'tools/setup_env.sh').exists()
+    assert (installed / 'tools/dist_train.sh').exists()
+    mim, options = train(python, data, folder, CONFIG)
     checkpoint = ['--checkpoint', 'work/epoch_1.pth', '--work-dir', 'test']
-    output = run(*mim, 'test', 'mmslide', test_config, *checkpoint, *options[:2], cwd=folder)
+    test_config = installed / 'configs/mini' / CONFIG
+    output = run(*mim, 'test', 'mmslide', test_config, *checkpoint, *options, cwd=folder)
     assert 'Testing finished successfully' in output
-    for config in (zoo_config, ZOO_CONFIG):  # by path and by bare name
-        assert 'multiply-adds' in run(*mim, 'run', 'mmslide', 'get_flops', config, '--shape', 64, 64, cwd=folder)
+    zoo_config = installed / 'configs/slide_pvt' / ZOO_CONFIG
+    assert 'multiply-adds' in run(*mim, 'run', 'mmslide', 'get_flops', zoo_config, '--shape', 64, 64, cwd=folder)
     assert 'Slide Attention on cpu' in run(*mim, 'run', 'mmslide', 'doctor', '--json', cwd=folder)
     output = run(*mim, 'search', 'mmslide', '--model', 'Slide-PVT', cwd=folder)
     assert ZOO_CONFIG[:-3] in output
@@ -82,23 +101,6 @@ def use(python, data, folder, train_config, test_config, zoo_config):
     assert config.name == ZOO_CONFIG
     ours = REPOSITORY / 'configs/slide_pvt' / ZOO_CONFIG
     assert Config.fromfile(config).to_dict() == Config.fromfile(ours).to_dict()
-
-
-def test_wheel(checkout, python, data, tmp_path):
-    wheels = tmp_path / 'wheels'
-    build = ['-m', 'pip', 'wheel', '--no-build-isolation', '--no-deps', '--no-index', '-w', wheels, '.']
-    run(sys.executable, *build, cwd=checkout)
-    (wheel,) = wheels.iterdir()
-    install(python, wheel, cwd=tmp_path)
-    shutil.rmtree(checkout)
-    where = run(python, '-c', 'import mmslide; print(mmslide.__file__)', cwd=tmp_path)
-    assert str(tmp_path / 'environment') in where
-    assert 'backend: native' in run(python, '-c', CHOICE, cwd=tmp_path)
-    mim = Path(where.strip().splitlines()[-1]).parent / '.mim'
-    assert not (mim / 'tools/setup_env.sh').exists()
-    assert (mim / 'tools/dist_train.sh').exists()
-    zoo_config = mim / 'configs/slide_pvt' / ZOO_CONFIG
-    use(python, data, tmp_path / 'folder', CONFIG, mim / 'configs/mini' / CONFIG, zoo_config)
 
 
 def test_install_without_a_compiler(checkout, python, tmp_path):
@@ -115,8 +117,9 @@ def test_editable_install(checkout, python, data, tmp_path):
     # An edited config is the one that runs.
     config = checkout / 'configs/mini' / CONFIG
     config.write_text(config.read_text() + "\nexperiment_name = 'edited'\n")
-    zoo_config = checkout / 'configs/slide_pvt' / ZOO_CONFIG
-    use(python, data, tmp_path / 'folder', config, CONFIG, zoo_config)
+    mim, _ = train(python, data, tmp_path / 'folder', config)
+    bare = run(*mim, 'run', 'mmslide', 'get_flops', ZOO_CONFIG, '--shape', 64, 64, cwd=tmp_path / 'folder')
+    assert 'multiply-adds' in bare
     assert 'edited' in (tmp_path / 'folder/work' / CONFIG).read_text()
     listed = run(python, '-m', 'pip', 'uninstall', '-y', 'mmslide', cwd=tmp_path)
     assert 'Successfully uninstalled' in listed

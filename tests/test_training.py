@@ -108,6 +108,7 @@ def test_fused_detector_predicts_the_same(detector, detection, tmp_path):
     assert 'these weights are fused for inference' in error
 
 
+@pytest.mark.exhaustive
 def test_test_time_augmentation(detector, segmentor, detection, segmentation, tmp_path):
     options = [*detection, 'model.test_cfg.rcnn.score_thr=0.0']  # hardly trained, it is sure of nothing
     output = tool('test', DETECTOR, detector, '--tta', '--work-dir', tmp_path, *options)
@@ -177,8 +178,10 @@ class KillHook(Hook):
 
 @pytest.mark.parametrize(
     ('moment', 'whole'),
-    [(dict(iteration=5), 2), (dict(save='epoch_2.pth'), 1)],
-    ids=['between saves', 'while saving'],
+    [
+        pytest.param(dict(iteration=5), 2, marks=pytest.mark.exhaustive, id='between saves'),
+        pytest.param(dict(save='epoch_2.pth'), 1, id='while saving'),
+    ],
 )
 def test_training_killed_and_resumed(moment, whole, detection, tmp_path):
     (tmp_path / 'kill.py').write_text(KILL)
@@ -201,6 +204,7 @@ def test_training_killed_and_resumed(moment, whole, detection, tmp_path):
     assert read_checkpoint(work_dir / 'epoch_3.pth')['meta']['epoch'] == 3
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize('task', ['detection', 'segmentation'])
 def test_twins_trained_resumed_and_tested(task, request, tmp_path):
     options = request.getfixturevalue(task)
@@ -230,7 +234,7 @@ test_dataloader = val_dataloader
 """
 
 
-@pytest.mark.parametrize('task', ['detection', 'segmentation'])
+@pytest.mark.parametrize('task', ['detection', pytest.param('segmentation', marks=pytest.mark.exhaustive)])
 def test_fine_tuned_for_other_classes(task, request, tmp_path):
     """As the configs in configs/finetune do it, with small models."""
     if task == 'detection':
@@ -354,7 +358,10 @@ def test_no_network_is_one_message_and_no_work_dir(detection, tmp_path):
     assert not (tmp_path / 'work').exists()
 
 
-@pytest.mark.parametrize('which', ['segmentor', 'empty', 'headless', 'stages', 'nothing'])
+@pytest.mark.parametrize(
+    'which',
+    ['segmentor', *(pytest.param(x, marks=pytest.mark.exhaustive) for x in ('empty', 'headless', 'stages', 'nothing'))],
+)
 def test_a_checkpoint_that_does_not_fit_is_refused(which, detector, segmentor, detection, tmp_path):
     content = read_checkpoint(detector)
     options, message = [], rf'does not fit {re.escape(str(DETECTOR))}: \d+ keys missing \(\S'

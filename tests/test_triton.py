@@ -71,12 +71,12 @@ def assert_agrees(results, args, grad, scale=None, mask=None):
         ((1, 1, 7, 1, 20, 5), torch.float32),
         ((1, 5, 4, 2, 5, 1), torch.float16),
         pytest.param((1, 5, 4, 2, 5, 1), torch.bfloat16, marks=BFLOAT16),
-        pytest.param((2, 13, 17, 2, 20, 3), torch.float16, marks=SLOW),
+        pytest.param((2, 13, 17, 2, 20, 3), torch.float16, marks=pytest.mark.exhaustive),
         pytest.param((1, 13, 17, 1, 32, 3), torch.float32, marks=SLOW),
-        pytest.param((1, 13, 17, 1, 17, 5), torch.float16, marks=SLOW),
+        pytest.param((1, 13, 17, 1, 17, 5), torch.float16, marks=pytest.mark.exhaustive),
         pytest.param((1, 13, 17, 1, 17, 5), torch.bfloat16, marks=[SLOW, BFLOAT16]),
-        pytest.param((1, 13, 17, 1, 32, 7), torch.float16, marks=SLOW),
-        pytest.param((1, 3, 11, 1, 128, 7), torch.float32, marks=SLOW),
+        pytest.param((1, 13, 17, 1, 32, 7), torch.float16, marks=pytest.mark.exhaustive),
+        pytest.param((1, 3, 11, 1, 128, 7), torch.float32, marks=pytest.mark.exhaustive),
         pytest.param((1, 5, 9, 2, 72, 3), torch.float16, marks=SLOW),
         *(
             pytest.param(shape, dtype, marks=[GPU, SLOW])
