@@ -406,7 +406,7 @@ def test_test_time_augmentation_uses_the_averaged_weights(checkpoint, config, op
     assert relative_error(*scores) < 1e-6
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_averaged_weights_are_fine_tuned_for_other_classes(checkpoint, config, options, tmp_path):
     write_images(tmp_path / 'data', ('cat', 'dog', 'fox', 'owl'))
     path = tmp_path / 'other.py'

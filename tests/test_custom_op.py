@@ -186,7 +186,7 @@ def test_compiled_and_checkpointed_it_stays_the_same(attention, args, device, wr
 
 @pytest.mark.slow
 @NEEDS_MODERN
-@pytest.mark.parametrize('with_mask', [False, True])
+@pytest.mark.parametrize('with_mask', [pytest.param(False, marks=pytest.mark.exhaustive), True])
 def test_custom_op_is_registered_as_torch_asks(backend, args, device, with_mask):
     mask = torch.rand(1, 2, 5, 2, 9, device=device) if with_mask else None
     torch.library.opcheck(custom_op.custom_op, (*args, 0.25, mask, backend))

@@ -121,7 +121,7 @@ def test_backbones(backbone, suffix, save, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('suffix', SUFFIXES)
-@pytest.mark.parametrize('backbone', only('SlidePVT'))
+@pytest.mark.parametrize('backbone', only())
 def test_dynamic_backbones(backbone, suffix, save, tmp_path):
     assert_backbone(backbone, True, suffix, save, tmp_path)
 

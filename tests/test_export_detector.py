@@ -309,8 +309,8 @@ def test_tools_from_a_checkpoint_to_a_picture(kind, tmp_path):
     assert not drawn[y1 + 13 :, x2 + 2 :].any()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize('suffix', ['.pt2', pytest.param('.xml', marks=pytest.mark.exhaustive)])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize('suffix', ['.pt2', '.xml'])
 def test_detectors_of_other_formats_in_a_process_of_their_own(suffix, tmp_path):
     config_file, checkpoint = saved('retinanet', tmp_path)
     pixels = (60 * picture(0)[0].permute(1, 2, 0) + 120).clip(0, 255).byte().numpy()

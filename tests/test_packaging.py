@@ -109,6 +109,7 @@ def test_install_without_a_compiler(checkout, python, tmp_path):
     assert 'backend: tapwise' in run(python, '-c', CHOICE, cwd=tmp_path)
 
 
+@pytest.mark.exhaustive
 def test_editable_install(checkout, python, data, tmp_path):
     install(python, '-e', checkout, cwd=tmp_path)
     where = run(python, '-c', 'import mmslide; print(mmslide.__file__)', cwd=tmp_path)

@@ -48,7 +48,7 @@ def int8_weights(path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('suffix', INT8)
+@pytest.mark.parametrize('suffix', ['.onnx', pytest.param('.xml', marks=pytest.mark.exhaustive)])
 def test_layers_are_quantized_and_all_else_is_not(suffix, save, images, tmp_path):  # noqa: F811
     config, checkpoint, model = save('SlideSwin', 'FPNHead')
     out = tmp_path / f'x{suffix}'

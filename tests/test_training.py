@@ -176,10 +176,11 @@ class KillHook(Hook):
 """
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ('moment', 'whole'),
     [
-        pytest.param(dict(iteration=5), 2, marks=pytest.mark.exhaustive, id='between saves'),
+        pytest.param(dict(iteration=5), 2, id='between saves'),
         pytest.param(dict(save='epoch_2.pth'), 1, id='while saving'),
     ],
 )
