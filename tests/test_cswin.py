@@ -156,7 +156,7 @@ def test_the_mixer_in_every_dtype(dtype, tolerance, split_size):
 
 
 @NEEDS_MODERN
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_mixer_with_sizes_known_at_run_time_only():
     attention = randomize(CrossShapedWindowAttention(16, 2, 7))
     torch.compiler.reset()

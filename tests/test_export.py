@@ -159,7 +159,7 @@ def test_segmentors(head, dynamic, suffix, save, tmp_path):
     assert_draws(tmp_path / f'x{suffix}', tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize('suffix', SUFFIXES)
 def test_features(suffix, save, tmp_path):
     """Backbone and neck, at every size."""

@@ -84,6 +84,7 @@ def test_detector_is_tested_dumped_and_drawn(detector, detection, tmp_path):
     assert width == 2 * height  # square images, ground truth and prediction side by side
 
 
+@pytest.mark.exhaustive
 def test_fused_detector_predicts_the_same(detector, detection, tmp_path):
     """Through the same tool, with the config that lies beside the fused checkpoint."""
     fused = tmp_path / 'fused.pth'
@@ -235,7 +236,8 @@ test_dataloader = val_dataloader
 """
 
 
-@pytest.mark.parametrize('task', ['detection', pytest.param('segmentation', marks=pytest.mark.exhaustive)])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize('task', ['detection', 'segmentation'])
 def test_fine_tuned_for_other_classes(task, request, tmp_path):
     """As the configs in configs/finetune do it, with small models."""
     if task == 'detection':
