@@ -39,7 +39,7 @@ def examine() -> Iterator[Row]:
     yield Row('Python', f'{platform.python_version()} on {platform.platform()}')
     usable = True
     for name, (minimum, limit) in [*table['VERSIONS'].items(), ('mmpretrain', table['MMPRETRAIN'])]:
-        wanted = f'"{table["DISTRIBUTIONS"].get(name, name)}>={minimum},<{limit}"'
+        wanted = table['requirement'](name, minimum, limit)
         row = _package(name, minimum, limit, f'{"pip" if name == "torch" else "mim"} install {wanted}')
         if row.state == 'missing' and name in table['REQUIRED']:
             row = Row(name, row.found, 'wrong', row.advice)
@@ -48,8 +48,9 @@ def examine() -> Iterator[Row]:
     if not usable:
         return
     yield _mmcv_operators()
-    yield _mmslide()
-    if 'mmslide.ops' not in sys.modules and not _imports('mmslide.ops'):
+    mmslide = _mmslide()
+    yield mmslide
+    if mmslide.state == 'wrong':
         return
     yield _torchvision()
     yield from _devices()

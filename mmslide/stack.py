@@ -15,7 +15,7 @@ from mmengine.logging import HistoryBuffer
 from mmengine.utils import digit_version
 
 from .compat import add_safe_globals
-from .version import DISTRIBUTIONS, MMPRETRAIN, REQUIRED, VERSIONS
+from .version import MMPRETRAIN, REQUIRED, VERSIONS, requirement
 
 try:
     from numpy._core import multiarray
@@ -37,7 +37,9 @@ def check_versions() -> None:
         if find_spec(name) is not None:
             problem = _problem(name, minimum, limit)
         elif name in REQUIRED:
-            problem = f'mmslide needs {name}, which is not installed. Run: mim install {_wanted(name, minimum, limit)}'
+            problem = (
+                f'mmslide needs {name}, which is not installed. Run: mim install {requirement(name, minimum, limit)}'
+            )
         else:
             continue
         if problem:
@@ -72,7 +74,7 @@ def check_scope(scope: str | None) -> None:
 
 def _problem(name: str, minimum: str, limit: str) -> str | None:
     """Why an installed package does not fit, and the command that fixes it."""
-    wanted = _wanted(name, minimum, limit)
+    wanted = requirement(name, minimum, limit)
     try:
         # The packages of some forks have other distribution names, so the module is asked.
         version = importlib.import_module(name).__version__
@@ -81,10 +83,6 @@ def _problem(name: str, minimum: str, limit: str) -> str | None:
     if digit_version(minimum) <= digit_version(version) < digit_version(limit):
         return None
     return f'mmslide works with {wanted}, but {name} {version} is installed. Run: mim install {wanted}'
-
-
-def _wanted(name: str, minimum: str, limit: str) -> str:
-    return f'"{DISTRIBUTIONS.get(name, name)}>={minimum},<{limit}"'
 
 
 def declare_torchvision_operators() -> None:

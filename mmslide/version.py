@@ -12,3 +12,8 @@ REQUIRED = ('torch', 'mmengine', 'mmcv')
 DISTRIBUTIONS = {'mmseg': 'mmsegmentation'}
 # Imported by classification configs only: it takes seconds.
 MMPRETRAIN = ('1.0', '2')
+
+
+def requirement(name: str, minimum: str, limit: str) -> str:
+    """What pip and mim are asked for, in quotes for a shell."""
+    return f'"{DISTRIBUTIONS.get(name, name)}>={minimum},<{limit}"'

@@ -18,7 +18,7 @@ case $stack in
 esac
 "$python" -c "import sys; sys.exit(not (3, $oldest) <= sys.version_info[:2] <= (3, $newest))" ||
     fail "This stack needs Python 3.$oldest or 3.$newest, got $("$python" --version). Say PYTHON=python3.11 make ..."
-say "virtual environment $venv ($("$python" --version)); 10 to 20 minutes the first time, one with a cached mmcv"
+say "virtual environment $venv ($("$python" --version)); 10 to 20 minutes the first time, 2 to 4 with a cached mmcv"
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
 pip=("$venv/bin/python" -m pip --disable-pip-version-check --quiet)
 
@@ -76,6 +76,5 @@ say "the OpenMMLab packages"
 "${pip[@]}" install --no-build-isolation --find-links "$wheels" -r "$requirements"
 say "mmslide itself, editable"
 "${pip[@]}" install --no-build-isolation --no-deps --editable .
-"${pip[@]}" install filelock rich typing_extensions
 "${pip[@]}" check
 say "ready"

@@ -85,6 +85,8 @@ def _compiled_flex() -> Callable[..., Tensor]:
 
 @lru_cache
 def _neighbours(height: int, width: int, kernel_size: int, device: torch.device) -> Any:
+    from torch.nn.attention.flex_attention import create_block_mask
+
     padded_width = width + kernel_size - 1
 
     def near(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -92,8 +94,6 @@ def _neighbours(height: int, width: int, kernel_size: int, device: torch.device)
         return (row >= 0) & (row < kernel_size) & (column >= 0) & (column < kernel_size)
 
     size = height * width, (height + kernel_size - 1) * padded_width
-    from torch.nn.attention.flex_attention import create_block_mask
-
     return create_block_mask(near, None, None, *size, device=device, _compile=True)
 
 

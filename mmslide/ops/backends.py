@@ -87,9 +87,10 @@ def check_backend(name: str, value: str | None) -> None:
 
 
 def choose_backend(q: Tensor, weight: Tensor) -> str:
-    """What `backend=None` takes: the environment variable MMSLIDE_BACKEND if it is set, else
+    """What `backend=None` takes, the first that applies:
 
     - 'conv' on the meta device and for forward-mode derivatives,
+    - the environment variable MMSLIDE_BACKEND, as it was at import,
     - on a CPU 'native' where it can, else 'tapwise',
     - on CUDA 'gpu' where it can, else 'tapwise',
     - on other devices 'unrolled', plain operations.

@@ -10,10 +10,11 @@ operation, and tiles have fixed sizes, not tuned when called, so that all result
 3. `_parameter_kernel`, for each tap a fixed number of programs that sum over pixels and heads: the gradients of weight
    and bias, whose shares are summed at the end. Each tap reads the maps again, from the cache for the most part.
 
-The shift is no part of the products: of a kernel W = I + D, slot j's own tap adds q · k(p + t_j) to the logit and
-a_j · v(p + t_j) to the output, in float32, and D alone goes through `tl.dot`. So products of half-precision maps run on
-tensor cores in the maps' dtype, and a small learned part is not rounded off beside the shift's 1. Those of float32 maps
-are plain float32 ('ieee'). Sums, softmax and everything else are float32 always.
+The shift is not part of the products: of a kernel W = I + D, slot j's own tap adds q · k(p + t_j) to the logit and
+a_j · v(p + t_j) to the output, in float32, and only D goes through `tl.dot`. So a small learned part is not rounded off
+beside the shift's 1, although products of half-precision maps run on tensor cores in the maps' dtype (those for the
+parameters' gradients in TF32). Products of float32 maps are plain float32 ('ieee'). Sums, softmax and everything else
+are float32 always.
 
 Offsets are 64-bit, so that maps may have more than 2³¹ elements.
 """

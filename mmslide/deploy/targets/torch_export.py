@@ -38,9 +38,6 @@ class TorchExport(Target):
         try:
             if _has_operators(path):
                 import_module(OPERATORS)
-        except ImportError as error:
-            raise RuntimeError(f'{path} holds a detector, whose operators are in mmslide: {error}') from error
-        try:
             # Its guards ask for twice the least side, for which it was traced; the graph is right from that side on.
             module = torch.export.load(path, extra_files=files).module(check_guards=False)
         except Exception as error:  # of many kinds
