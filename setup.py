@@ -54,7 +54,7 @@ native = Extension(
     language='c++',
     extra_compile_args=[
         *('-O3', '-std=c++17', '-fopenmp'),
-        *(('-mavx2', '-mfma') if platform.machine() in ('x86_64', 'AMD64') else ()),
+        *(('-mavx2', '-mfma', '-mf16c') if platform.machine() in ('x86_64', 'AMD64') else ()),
     ],
     extra_link_args=['-fopenmp'],
     optional=True,

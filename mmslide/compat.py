@@ -18,6 +18,7 @@ if MODERN:
     add_safe_globals = torch.serialization.add_safe_globals
     register_custom_op = torch.library.custom_op
     is_autocast_enabled = torch.is_autocast_enabled
+    get_autocast_dtype = torch.get_autocast_dtype
 
     def statically_known_true(condition: Any) -> bool:
         from torch.fx.experimental import symbolic_shapes  # takes seconds to import
@@ -35,6 +36,7 @@ if MODERN:
 else:
     from .substitutes import (  # type: ignore[assignment]
         add_safe_globals,
+        get_autocast_dtype,
         has_any_global_hook,
         is_autocast_enabled,
         is_batched,
@@ -49,6 +51,7 @@ else:
 __all__ = [
     'MODERN',
     'add_safe_globals',
+    'get_autocast_dtype',
     'has_any_global_hook',
     'is_autocast_enabled',
     'is_batched',

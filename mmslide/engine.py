@@ -18,6 +18,7 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 from mmengine.utils import import_modules_from_strings
 
+from mmslide.amp import bfloat16_pays
 from mmslide.build import build_model, counted, load_weights, load_what_fits
 from mmslide.checkpoints import find_state_dict, meta_of, non_finite, read_checkpoint
 from mmslide.data import data_prefixes, dicts, move_data, named_dicts, unwrapped
@@ -216,8 +217,15 @@ def fall_back_to_cpu(config: Config) -> None:
         return
     wrapper = config.get('optim_wrapper')
     if wrapper and wrapper.get('type') == 'AmpOptimWrapper':
-        warnings.warn('no GPU: training in float32 instead of mixed precision', stacklevel=2)
-        wrapper.type = 'OptimWrapper'
+        if bfloat16_pays():
+            wrapper.type = 'mmslide.BackboneAmpOptimWrapper'
+            warnings.warn('no GPU: mixed precision is bfloat16, in the backbone alone', stacklevel=2)
+        else:
+            wrapper.type = 'OptimWrapper'
+            warnings.warn(
+                'no GPU, and bfloat16 is slow on this processor: training in float32 instead of mixed precision',
+                stacklevel=2,
+            )
         for key in ('loss_scale', 'dtype', 'use_fp64'):
             wrapper.pop(key, None)
     replaced = [node for node in dicts(config.model) if node.get('type') in ('SyncBN', 'SyncBatchNorm')]

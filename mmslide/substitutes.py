@@ -77,6 +77,10 @@ def is_autocast_enabled(device_type: str) -> bool:
     return torch.is_autocast_cpu_enabled() if device_type == 'cpu' else torch.is_autocast_enabled()
 
 
+def get_autocast_dtype(device_type: str) -> torch.dtype:
+    return torch.get_autocast_cpu_dtype() if device_type == 'cpu' else torch.get_autocast_gpu_dtype()
+
+
 def is_batched(x: Tensor) -> bool:
     """What `torch.autograd.grad(..., is_grads_batched=True)` makes cannot be told there."""
     return torch._C._functorch.is_batchedtensor(x)

@@ -162,15 +162,18 @@ def test_a_config_that_cannot_be_read_is_one_error(tmp_path):
             engine.config_from_file(str(tmp_path / 'broken.py'))
 
 
-def test_fall_back_to_cpu(read):
+@pytest.mark.parametrize('pays', [False, True])
+def test_fall_back_to_cpu(read, monkeypatch, pays):
+    monkeypatch.setattr(engine, 'bfloat16_pays', lambda: pays)
     config = read(launcher='pytorch')
     with pytest.warns(UserWarning, match='no GPU') as warnings:
         engine.fall_back_to_cpu(config)
     told = ' '.join(str(x.message) for x in warnings)
-    assert 'float32 instead of mixed precision' in told
+    assert ('bfloat16, in the backbone alone' if pays else 'float32 instead of mixed precision') in told
     assert 'BN instead of SyncBN, which the config names 2 times' in told
     assert 'gloo' in told
-    assert config.optim_wrapper == dict(type='OptimWrapper', optimizer=dict(type='AdamW'))
+    wrapper = 'mmslide.BackboneAmpOptimWrapper' if pays else 'OptimWrapper'
+    assert config.optim_wrapper == dict(type=wrapper, optimizer=dict(type='AdamW'))
     assert 'SyncBN' not in str(config.model)
     assert config.model_wrapper_cfg.device_ids is None
 

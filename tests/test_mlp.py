@@ -323,10 +323,42 @@ class Functions(TorchFunctionMode):
         return function(*arguments, **(kwargs or {}))
 
 
+@pytest.mark.parametrize('pixels', [7, 1000], ids=['blocks', 'all'])
+@pytest.mark.parametrize('recomputed', [True, False])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
+def test_under_autocast_it_is_as_exact_as_the_layers(monkeypatch, calls, dtype, recomputed, pixels):
+    """Whether the map is float32, as after a position embedding, or bfloat16, as after a patch embedding alone."""
+    monkeypatch.setattr(mlp, 'KEPT_BYTES', 0 if recomputed else 1 << 25)
+    monkeypatch.setattr(mlp, 'BLOCK_BYTES', pixels * 40 * 2)
+    module, norm = randomize(MLP(12, 40)), randomize(nn.LayerNorm(12))
+    x = torch.randn(2, 9, 11, 12).to(dtype)
+    grad = torch.randn(2, 9, 11, 12).to(torch.bfloat16)
+    parameters = [*norm.parameters(), *module.parameters()]
+
+    def step(around):
+        y = x.detach().requires_grad_()
+        with around:
+            out = module(y, norm)
+        return [out, *torch.autograd.grad(out, [y, *parameters], grad.to(out.dtype))]
+
+    found = step(torch.autocast('cpu', dtype=torch.bfloat16))
+    assert calls
+    with monkeypatch.context() as context:
+        context.setattr(MLP, '_pays_in_blocks', lambda *_: False)
+        layer_by_layer = step(torch.autocast('cpu', dtype=torch.bfloat16))
+        for y in (module, norm):
+            y.double()
+        x, parameters = x.double(), [*norm.parameters(), *module.parameters()]
+        wanted = step(contextlib.nullcontext())
+    for value, other, reference in zip(found, layer_by_layer, wanted, strict=True):
+        assert value.dtype == other.dtype
+        assert relative_error(value, reference) < 1.5 * relative_error(other, reference) + 2e-3
+
+
 @pytest.mark.parametrize(
     'around',
-    [lambda: torch.autocast('cpu'), Functions, Record, forward_ad.dual_level],
-    ids=['autocast', 'functions', 'operations', 'dual'],
+    [Functions, Record, forward_ad.dual_level],
+    ids=['functions', 'operations', 'dual'],
 )
 def test_what_follows_the_operations_sees_the_layers(calls, around):
     with around():

@@ -114,7 +114,6 @@ def test_native_agrees_with_the_reference_and_repeats(shape, masked, threads):
     ('shape', 'dtype'),
     [
         ((1, 9, 9, 1, 8, 7), torch.float64),
-        ((1, 9, 9, 1, 8, 7), torch.bfloat16),
         ((1, 9, 9, 1, 12, 7), torch.float32),
         ((1, 9, 9, 1, 8, 9), torch.float32),
     ],
@@ -142,13 +141,17 @@ def test_blocks_of_any_size(count):
         assert_agrees(gradients(neighborhood_attention(*args), args, grad), wanted(args, grad), 1e-12)
 
 
+@pytest.mark.filterwarnings('ignore:the library of CPU kernels')
+@pytest.mark.parametrize('compiled', [True, False])
 @pytest.mark.parametrize('dtype', [torch.bfloat16, pytest.param(torch.float16, marks=NEEDS_MODERN)])
-def test_half_precision(dtype):
+def test_half_precision(dtype, compiled):
+    """Compiled kernels round the results alone, tiles the products too."""
     args = arguments(2, 13, 17, 2, 16, 7, dtype=dtype)
     grad = torch.randn(2, 13, 17, 2, 16).to(dtype)
-    found = gradients(neighborhood_attention(*args), args, grad)
+    with contextlib.nullcontext() if compiled else without_kernels():
+        found = gradients(neighborhood_attention(*args), args, grad)
     assert {x.dtype for x in found} == {dtype}
-    assert_agrees(found, wanted(args, grad), 4 * torch.finfo(dtype).eps)
+    assert_agrees(found, wanted(args, grad), (1 if compiled else 4) * torch.finfo(dtype).eps)
 
 
 def test_autocast_does_not_round_inside():

@@ -83,7 +83,7 @@ def test_tapwise_in_blocks_of_any_size(rows, kernel_size):
             assert relative_error(value, wanted) < 1e-12, name
 
 
-@pytest.mark.parametrize('backend', ['conv', 'tapwise', 'unrolled', 'reference'])
+@pytest.mark.parametrize('backend', ['conv', 'native', 'tapwise', 'unrolled', 'reference'])
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
 def test_half_precision_maps_with_float32_kernels(backend, dtype):
     """Only the inputs and the result are rounded, so the error is that of one rounding of the result."""
@@ -97,7 +97,7 @@ def test_half_precision_maps_with_float32_kernels(backend, dtype):
         assert relative_error(value, wanted) < epsilon, name
 
 
-@pytest.mark.parametrize('backend', ['conv', 'tapwise', 'unrolled'])
+@pytest.mark.parametrize('backend', ['conv', 'native', 'tapwise', 'unrolled'])
 def test_autocast_does_not_round_inside(backend):
     args = arguments(1, 9, 11, 2, 8, 3, dtype=torch.float32)
     grad = torch.randn(1, 9, 11, 2, 8)

@@ -56,7 +56,7 @@ def detector(detection, tmp_path_factory):
     work_dir = tmp_path_factory.mktemp('detector')
     options = [*detection, 'train_cfg.max_epochs=2']
     output = tool('train', DETECTOR, '--work-dir', work_dir, '--amp', '--auto-scale-lr', *options)
-    assert 'no GPU: training in float32 instead of mixed precision' in output or torch.cuda.is_available()
+    assert 'mixed precision' in output or torch.cuda.is_available()
     assert 'LR is set based on batch size' in output
     assert 'loss_mask' in output
     return work_dir / 'epoch_2.pth'

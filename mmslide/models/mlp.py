@@ -1,9 +1,11 @@
 from typing import Any
 
+import torch
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 
-from mmslide.compat import is_autocast_enabled
+from mmslide.compat import get_autocast_dtype, is_autocast_enabled
+from mmslide.ops.autocast import without_autocast
 from mmslide.ops.mlp import mlp_in_blocks
 
 from .plain import is_plain
@@ -46,24 +48,27 @@ class MLP(BaseModule):
         if not self._pays_in_blocks(x, norm):
             return self.layers(norm(x))
         expand, contract = self.layers[0][0], self.layers[1]
-        return mlp_in_blocks(
-            x, norm.weight, norm.bias, expand.weight, expand.bias, contract.weight, contract.bias, norm.eps
-        )
+        dtype = get_autocast_dtype('cpu') if is_autocast_enabled('cpu') else expand.weight.dtype
+        weight1, bias1 = expand.weight.to(dtype), expand.bias.to(dtype)
+        weight2, bias2 = contract.weight.to(dtype), contract.bias.to(dtype)
+        with without_autocast(x):
+            return mlp_in_blocks(x, norm.weight, norm.bias, weight1, bias1, weight2, bias2, norm.eps)
 
     def _pays_in_blocks(self, x: Tensor, norm: Any) -> bool:
         """Whether `mlp_in_blocks` computes the same as the layers one after another, faster, and nobody can notice."""
-        if x.device.type != 'cpu' or is_autocast_enabled('cpu'):
+        if x.device.type != 'cpu':
             return False
         layers: list[Any] = [norm, *self.layers.modules()]
         if not is_plain(x, layers, LAYERS) or any(y.training and y.p for y in layers if isinstance(y, nn.Dropout)):
             return False
         _, _, _, expand, activation, _, contract, _ = layers
         parameters = [parameter for y in (norm, expand, contract) for parameter in (y.weight, y.bias)]
-        return (
-            activation.approximate == 'none'
-            and norm.normalized_shape == x.shape[-1:]
-            and all(parameter is not None and parameter.dtype == x.dtype for parameter in parameters)
-        )
+        if any(parameter is None for parameter in parameters):
+            return False
+        # Under autocast the layers' own rules: the norm in x's dtype, the products in autocast's.
+        dtypes = {parameter.dtype for parameter in parameters}
+        wanted = {torch.float32} if is_autocast_enabled('cpu') else {x.dtype}
+        return activation.approximate == 'none' and norm.normalized_shape == x.shape[-1:] and dtypes == wanted
 
 
 class ConvMLP(BaseModule):

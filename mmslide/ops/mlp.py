@@ -32,8 +32,8 @@ def mlp_in_blocks(
     activation and of their gradients stands in memory, in the caches. A small hidden layer is kept for backward.
 
     Args:
-        gamma, beta, eps: of the norm over C.
-        weight1, bias1: (hidden, C), (hidden).
+        gamma, beta, eps: of the norm over C, which is computed in x's dtype.
+        weight1, bias1: (hidden, C), (hidden); their dtype is that of both products and of the result.
         weight2, bias2: (C, hidden), (C).
     """
     # Asked here, because inside the function it is always off.
@@ -55,15 +55,16 @@ class _MLPInBlocks(torch.autograd.Function):
         grad_enabled: bool,
     ) -> Tensor:
         pixels = x.numel() // x.shape[-1]
-        keep = grad_enabled and pixels * len(weight1) * x.element_size() <= KEPT_BYTES
-        hidden = x.new_empty(pixels if keep else 0, len(weight1))
+        keep = grad_enabled and pixels * len(weight1) * weight1.element_size() <= KEPT_BYTES
+        hidden = weight1.new_empty(pixels if keep else 0, len(weight1))
         ctx.save_for_backward(x, gamma, beta, weight1, bias1, weight2, bias2, hidden)
         ctx.eps = eps
-        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        out = torch.empty_like(x, dtype=weight2.dtype, memory_format=torch.contiguous_format)
         blocks = _Blocks(x, weight1, buffers=1)
         for part, source, result in blocks.of(x, out):
             before = hidden[part] if keep else blocks.buffer(0, part)
-            torch.addmm(bias1, F.layer_norm(source, gamma.shape, gamma, beta, eps), weight1.t(), out=before)
+            normed = F.layer_norm(source, gamma.shape, gamma, beta, eps).to(weight1.dtype)
+            torch.addmm(bias1, normed, weight1.t(), out=before)
             activated = torch.ops.aten.gelu.out(before, out=blocks.buffer(0, part))
             torch.addmm(bias2, activated, weight2.t(), out=result)
         return out
@@ -86,31 +87,40 @@ def _gradients(
     """Of each input that needs it. `kept` is the hidden layer (pixels, hidden), or empty."""
     x, gamma, beta, weight1, bias1, weight2, _ = inputs
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
-    grads = [grad_x, *(torch.zeros_like(parameter) for parameter in inputs[1:])]
+    # Sums over the blocks, in float32 at least.
+    grads = [grad_x, *(y.new_zeros(y.shape, dtype=torch.promote_types(y.dtype, torch.float32)) for y in inputs[1:])]
     blocks = _Blocks(x, weight1, buffers=3)
     for part, source, grad, result in blocks.of(x, grad_out, grad_x):
         normed, mean, rstd = torch.native_layer_norm(source, gamma.shape, gamma, beta, eps)
+        normed = normed.to(weight1.dtype)
         before = kept[part] if len(kept) else torch.addmm(bias1, normed, weight1.t(), out=blocks.buffer(0, part))
         if needed[5]:
-            grads[5].addmm_(grad.t(), torch.ops.aten.gelu.out(before, out=blocks.buffer(1, part)))
+            _add_product(grads[5], grad.t(), torch.ops.aten.gelu.out(before, out=blocks.buffer(1, part)))
         if not any(needed[:5]):
             continue
         grad_hidden = torch.mm(grad, weight2, out=blocks.buffer(2, part))
         torch.ops.aten.gelu_backward.grad_input(grad_hidden, before, grad_input=grad_hidden)
         if needed[3]:
-            grads[3].addmm_(grad_hidden.t(), normed)
+            _add_product(grads[3], grad_hidden.t(), normed)
         if needed[4]:
-            grads[4] += grad_hidden.sum(0)
+            grads[4] += grad_hidden.sum(0, dtype=grads[4].dtype)
         if any(needed[:3]):
             of_norm = torch.ops.aten.native_layer_norm_backward(
-                grad_hidden @ weight1, source, gamma.shape, mean, rstd, gamma, beta, [True, True, True]
+                (grad_hidden @ weight1).to(x.dtype), source, gamma.shape, mean, rstd, gamma, beta, [True, True, True]
             )
             result.copy_(of_norm[0])
             grads[1] += of_norm[1]
             grads[2] += of_norm[2]
     if needed[6]:
-        grads[6] = grad_out.flatten(0, -2).sum(0)  # at once, since the sum of a half-precision block is rounded
-    return [grad if need else None for grad, need in zip(grads, needed, strict=True)]
+        grads[6] = grad_out.flatten(0, -2).sum(0)
+    return [grad.to(y.dtype) if need else None for grad, y, need in zip(grads, inputs, needed, strict=True)]
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right
 
 
 def _differentiable_gradients(
@@ -121,7 +131,8 @@ def _differentiable_gradients(
     with torch.enable_grad():
         own = [y.view_as(y) for y in inputs]  # an input may depend on another, which is no part of these gradients
         x, gamma, beta, weight1, bias1, weight2, bias2 = own
-        hidden = F.gelu(F.linear(F.layer_norm(x, gamma.shape, gamma, beta, eps), weight1, bias1))
+        normed = F.layer_norm(x, gamma.shape, gamma, beta, eps).to(weight1.dtype)
+        hidden = F.gelu(F.linear(normed, weight1, bias1))
         out = F.linear(hidden, weight2, bias2)
     wanted = [y for y, need in zip(own, needed, strict=True) if need]
     grads = iter(torch.autograd.grad(out, wanted, grad_out, create_graph=create_graph))
@@ -133,8 +144,8 @@ class _Blocks:
 
     def __init__(self, x: Tensor, weight1: Tensor, buffers: int) -> None:
         self.pixels = x.numel() // x.shape[-1]
-        self.count = max(1, min(self.pixels, BLOCK_BYTES // (len(weight1) * x.element_size())))
-        self.buffers = [x.new_empty(self.count, len(weight1)) for _ in range(buffers)]
+        self.count = max(1, min(self.pixels, BLOCK_BYTES // weight1[:, 0].nbytes))
+        self.buffers = [weight1.new_empty(self.count, len(weight1)) for _ in range(buffers)]
 
     def of(self, *maps: Tensor) -> Iterator[tuple[Any, ...]]:
         """A block's pixels, then the same pixels of each map (..., C): (count, C)."""

@@ -1,8 +1,19 @@
-// Slide Attention (the tap-wise form of tapwise.py) and neighborhood attention on a CPU in float32, one pixel and head at
-// a time, so that logits and products stay in registers. Plain C symbols, nothing of PyTorch's or Python's, so that
-// building takes a compiler alone. Shapes are those of mmslide.ops; native.py fills in the arguments.
+// Slide Attention (the tap-wise form of tapwise.py) and neighborhood attention on a CPU, one pixel and head at a time, so
+// that logits and products stay in registers. Maps are float32, bfloat16 or float16; the arithmetic is float32. Plain C
+// symbols, nothing of PyTorch's or Python's, so that building takes a compiler alone. Shapes are those of mmslide.ops;
+// native.py fills in the arguments.
 
 #include <omp.h>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+#ifdef __x86_64__
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#else
+#error "float16 is converted on x86-64 and 64-bit Arm only"
+#endif
 
 #include <algorithm>
 #include <cmath>
@@ -23,6 +34,69 @@ inline Vec load(const float* from) {
 }
 
 inline void store(float* to, Vec x) { std::memcpy(to, &x, sizeof x); }
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+inline Vec load(const BFloat16* from) {
+  typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+  Halves halves;
+  std::memcpy(&halves, from, sizeof halves);
+  const IntVec bits = __builtin_convertvector(halves, IntVec) << 16;
+  Vec x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+// Rounds to nearest, ties to even.
+inline void store(BFloat16* to, Vec x) {
+  IntVec bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  const IntVec rounded = bits + 0x7fff + ((bits >> 16) & 1), nan = IntVec{} + 0x7fc00000;
+  bits = x == x ? rounded : nan;
+  for (int i = 0; i < LANES; ++i) to[i].bits = static_cast<uint32_t>(bits[i]) >> 16;
+}
+
+struct Float16 {
+  uint16_t bits;
+};
+
+inline Vec load(const Float16* from) {
+  Vec x;
+#ifdef __x86_64__
+  const __m256 wide = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  std::memcpy(&x, &wide, sizeof x);
+#else
+  float16x8_t halves;
+  std::memcpy(&halves, from, sizeof halves);
+  const float32x4_t wide[2] = {vcvt_f32_f16(vget_low_f16(halves)), vcvt_high_f32_f16(halves)};
+  std::memcpy(&x, wide, sizeof x);
+#endif
+  return x;
+}
+
+inline void store(Float16* to, Vec x) {
+#ifdef __x86_64__
+  __m256 wide;
+  std::memcpy(&wide, &x, sizeof wide);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(wide, _MM_FROUND_TO_NEAREST_INT));
+#else
+  float32x4_t wide[2];
+  std::memcpy(wide, &x, sizeof wide);
+  const float16x8_t halves = vcvt_high_f16_f32(vcvt_f16_f32(wide[0]), wide[1]);
+  std::memcpy(to, &halves, sizeof halves);
+#endif
+}
+
+// The channels of a pixel in float32: where they are, or in `memory`.
+inline const float* widened(const float* from, std::vector<float>&) { return from; }
+
+template <class T>
+const float* widened(const T* from, std::vector<float>& memory) {
+  for (size_t c = 0; c < memory.size(); c += LANES) store(memory.data() + c, load(from + c));
+  return memory.data();
+}
 
 inline Vec all(float x) { return Vec{} + x; }
 
@@ -86,12 +160,13 @@ inline void softmax(float* x, int slots) {
 extern "C" {
 
 struct Map {
-  float* data;
+  void* data;
   int64_t image, row, column, head;  // strides in numbers; channels are next to each other
 };
 
 struct Call {
   int64_t batch, height, width, heads, head_dims, kernel_size, threads;
+  int64_t dtype;  // of q, k, v, out and grad_q: 0 float32, 1 bfloat16, 2 float16; everything else is float32
   float scale;
   Map q, k, v, out;               // in backward `out` is its gradient
   // (k² + 1, d / 8, k², 8), the biases last; (heads, k²). For neighborhood attention null; (heads, 2k - 1, 2k - 1).
@@ -104,31 +179,40 @@ struct Call {
 
 namespace {
 
-inline float* at(const Map& map, int64_t image, int64_t row, int64_t column, int64_t head) {
-  return map.data + image * map.image + row * map.row + column * map.column + head * map.head;
+template <class T>
+T* at(const Map& map, int64_t image, int64_t row, int64_t column, int64_t head) {
+  return static_cast<T*>(map.data) + image * map.image + row * map.row + column * map.column + head * map.head;
 }
 
-template <int K>
+template <class T, int K>
 struct SlidePixel {
   static constexpr int SLOTS = K * K, TAPS = SLOTS + 1, POSITIONS = SLOTS;
 
   const Call& call;
   const int64_t chunks;
-  std::vector<float> ones, unused;
+  std::vector<T> ones;
+  std::vector<float> unused, query_memory, grad_memory;
   // Of each tap on the map, and of the bias, a tap whose neighbour is all ones.
   int taps;
   int tap[SLOTS + 1];
-  const float *key[SLOTS + 1], *value[SLOTS + 1];
+  const T *key[SLOTS + 1], *value[SLOTS + 1];
   float *grad_key[SLOTS + 1], *grad_value[SLOTS + 1];
   const float *query, *mask, *rpb;
   float query_sum;
   alignas(32) float attention[padded(SLOTS)], dropped[padded(SLOTS)];
 
   explicit SlidePixel(const Call& call)
-      : call(call), chunks(call.head_dims / LANES), ones(call.head_dims, 1.0f), unused(call.head_dims) {}
+      : call(call),
+        chunks(call.head_dims / LANES),
+        ones(call.head_dims),
+        unused(call.head_dims),
+        query_memory(call.head_dims),
+        grad_memory(call.head_dims) {
+    for (int64_t c = 0; c < call.head_dims; c += LANES) store(ones.data() + c, all(1.0f));
+  }
 
   void place(int64_t image, int64_t y, int64_t x, int64_t head) {
-    query = at(call.q, image, y, x, head);
+    query = widened(at<T>(call.q, image, y, x, head), query_memory);
     rpb = call.rpb + head * SLOTS;
     mask = call.mask;
     if (mask) mask += (((image * call.height + y) * call.width + x) * call.heads + head) * SLOTS;
@@ -138,11 +222,11 @@ struct SlidePixel {
         int64_t row = y + i - K / 2, column = x + j - K / 2;
         if (row < 0 || row >= call.height || column < 0 || column >= call.width) continue;
         tap[taps] = i * K + j;
-        key[taps] = at(call.k, image, row, column, head);
-        value[taps] = at(call.v, image, row, column, head);
+        key[taps] = at<T>(call.k, image, row, column, head);
+        value[taps] = at<T>(call.v, image, row, column, head);
         if (call.grad_k.data) {
-          grad_key[taps] = at(call.grad_k, image, row, column, head);
-          grad_value[taps] = at(call.grad_v, image, row, column, head);
+          grad_key[taps] = at<float>(call.grad_k, image, row, column, head);
+          grad_value[taps] = at<float>(call.grad_v, image, row, column, head);
         }
         ++taps;
       }
@@ -155,7 +239,7 @@ struct SlidePixel {
   int64_t kernel(int t, int64_t chunk) const { return (tap[t] * chunks + chunk) * SLOTS * LANES; }
 
   // Σ_t Σ_c x_c · map_c(p + t) · W[c, j, t], biases included.
-  void gather(const float* x, const float* const* map, float* sums) const {
+  void gather(const float* x, const T* const* map, float* sums) const {
     Vec sum_of[SLOTS] = {};
     for (int t = 0; t < taps; ++t)
       for (int64_t c = 0; c < chunks; ++c) {
@@ -175,7 +259,7 @@ struct SlidePixel {
     for (int j = 0; j < SLOTS; ++j) dropped[j] = mask ? attention[j] * mask[j] : attention[j];
   }
 
-  void forward(float* out) {
+  void forward(T* out) {
     attend();
     for (int64_t c = 0; c < chunks; ++c) {
       Vec result = {};
@@ -190,8 +274,9 @@ struct SlidePixel {
   }
 
   template <bool PARAMETERS>
-  void backward(const float* grad, float* grad_query, float* grad_kernels, float* grad_rpb) {
+  void backward(const T* grad_out, T* grad_query, float* grad_kernels, float* grad_rpb) {
     attend();
+    const float* grad = widened(grad_out, grad_memory);
     alignas(32) float grad_logits[padded(SLOTS)];
     gather(grad, value, grad_logits);
     float mean = 0;
@@ -230,22 +315,24 @@ struct SlidePixel {
   }
 };
 
-template <int K>
+template <class T, int K>
 struct NeighborhoodPixel {
   static constexpr int SLOTS = K * K, TAPS = 0, SIDE = 2 * K - 1, POSITIONS = SIDE * SIDE;
 
   const Call& call;
   const int64_t chunks;
   const float *query, *mask, *rpb;
+  std::vector<float> query_memory, grad_memory;
   int64_t position;  // of the first slot in rpb
-  const float *key[SLOTS], *value[SLOTS];
+  const T *key[SLOTS], *value[SLOTS];
   float *grad_key[SLOTS], *grad_value[SLOTS];
   alignas(32) float attention[padded(SLOTS)], dropped[padded(SLOTS)];
 
-  explicit NeighborhoodPixel(const Call& call) : call(call), chunks(call.head_dims / LANES) {}
+  explicit NeighborhoodPixel(const Call& call)
+      : call(call), chunks(call.head_dims / LANES), query_memory(call.head_dims), grad_memory(call.head_dims) {}
 
   void place(int64_t image, int64_t y, int64_t x, int64_t head) {
-    query = at(call.q, image, y, x, head);
+    query = widened(at<T>(call.q, image, y, x, head), query_memory);
     rpb = call.rpb + head * POSITIONS;
     mask = call.mask;
     if (mask) mask += (((image * call.height + y) * call.width + x) * call.heads + head) * SLOTS;
@@ -254,18 +341,18 @@ struct NeighborhoodPixel {
     position = (top - y + K - 1) * SIDE + left - x + K - 1;
     for (int i = 0; i < K; ++i)
       for (int j = 0; j < K; ++j) {
-        key[i * K + j] = at(call.k, image, top + i, left + j, head);
-        value[i * K + j] = at(call.v, image, top + i, left + j, head);
+        key[i * K + j] = at<T>(call.k, image, top + i, left + j, head);
+        value[i * K + j] = at<T>(call.v, image, top + i, left + j, head);
         if (call.grad_k.data) {
-          grad_key[i * K + j] = at(call.grad_k, image, top + i, left + j, head);
-          grad_value[i * K + j] = at(call.grad_v, image, top + i, left + j, head);
+          grad_key[i * K + j] = at<float>(call.grad_k, image, top + i, left + j, head);
+          grad_value[i * K + j] = at<float>(call.grad_v, image, top + i, left + j, head);
         }
       }
   }
 
   // Σ_c x_c · map_c for each slot, in memory for padded(SLOTS): a row of the window at a time, and what is written too
   // much, the next row overwrites.
-  void products(const float* x, const float* const* map, float* out) const {
+  void products(const float* x, const T* const* map, float* out) const {
     for (int i = 0; i < SLOTS; i += K) {
       Vec sum_of[LANES] = {};
       for (int64_t c = 0; c < chunks * LANES; c += LANES) {
@@ -285,7 +372,7 @@ struct NeighborhoodPixel {
     for (int j = 0; j < SLOTS; ++j) dropped[j] = mask ? attention[j] * mask[j] : attention[j];
   }
 
-  void forward(float* out) {
+  void forward(T* out) {
     attend();
     for (int64_t c = 0; c < chunks * LANES; c += LANES) {
       Vec result[2] = {};  // two, since one sum would wait for itself
@@ -295,8 +382,9 @@ struct NeighborhoodPixel {
   }
 
   template <bool PARAMETERS>
-  void backward(const float* grad, float* grad_query, float*, float* grad_rpb) {
+  void backward(const T* grad_out, T* grad_query, float*, float* grad_rpb) {
     attend();
+    const float* grad = widened(grad_out, grad_memory);
     alignas(32) float grad_logits[padded(SLOTS)];
     products(grad, value, grad_logits);
     float mean = 0;
@@ -328,33 +416,33 @@ inline void add(std::vector<float>& row, float* total) {
   std::fill(row.begin(), row.end(), 0.0f);
 }
 
-template <class Pixel>
+template <class T, template <class, int> class Pixel, int K>
 void forward(const Call& call) {
 #pragma omp parallel num_threads(call.threads)
   {
-    Pixel pixel(call);
+    Pixel<T, K> pixel(call);
 #pragma omp for collapse(2) schedule(static)
     for (int64_t image = 0; image < call.batch; ++image)
       for (int64_t y = 0; y < call.height; ++y)
         for (int64_t x = 0; x < call.width; ++x)
           for (int64_t head = 0; head < call.heads; ++head) {
             pixel.place(image, y, x, head);
-            pixel.forward(at(call.out, image, y, x, head));
+            pixel.forward(at<T>(call.out, image, y, x, head));
           }
   }
 }
 
 // The threads take strips of rows, whose pixels also add to the gradients of k and v in K / 2 rows of the strips beside
 // them. So all even strips come first, then the odd ones, and no two that touch the same row run at a time.
-template <class Pixel, int K, bool PARAMETERS>
+template <class T, template <class, int> class Pixel, int K, bool PARAMETERS>
 void backward(const Call& call) {
   const int64_t height = call.height, most = height / (K - 1);
   const int64_t strips = most < 2 ? 1 : std::min(most, 2 * call.threads);
-  const int64_t kernels = PARAMETERS ? Pixel::TAPS * call.head_dims * K * K : 0;
-  const int64_t positions = PARAMETERS ? call.heads * Pixel::POSITIONS : 0;
+  const int64_t kernels = PARAMETERS ? Pixel<T, K>::TAPS * call.head_dims * K * K : 0;
+  const int64_t positions = PARAMETERS ? call.heads * Pixel<T, K>::POSITIONS : 0;
 #pragma omp parallel num_threads(call.threads)
   {
-    Pixel pixel(call);
+    Pixel<T, K> pixel(call);
     float* grad_kernels = call.grad_kernels + omp_get_thread_num() * kernels;
     float* grad_rpb = call.grad_rpb + omp_get_thread_num() * positions;
     // Sums of one row, since a sum over all pixels would lose digits.
@@ -367,9 +455,9 @@ void backward(const Call& call) {
             for (int64_t x = 0; x < call.width; ++x)
               for (int64_t head = 0; head < call.heads; ++head) {
                 pixel.place(image, y, x, head);
-                pixel.template backward<PARAMETERS>(at(call.out, image, y, x, head), at(call.grad_q, image, y, x, head),
-                                                    row_kernels.data(),
-                                                    row_rpb.data() + head * Pixel::POSITIONS);
+                pixel.template backward<PARAMETERS>(
+                    at<T>(call.out, image, y, x, head), at<T>(call.grad_q, image, y, x, head), row_kernels.data(),
+                    row_rpb.data() + head * Pixel<T, K>::POSITIONS);
               }
             add(row_kernels, grad_kernels);
             add(row_rpb, grad_rpb);
@@ -378,40 +466,45 @@ void backward(const Call& call) {
   }
 }
 
-template <class Pixel, int K>
-void backward(const Call& call) {
-  if (call.grad_rpb) backward<Pixel, K, true>(call);
-  else backward<Pixel, K, false>(call);
+template <class T, template <class, int> class Pixel, int K>
+void run(const Call& call) {
+  if (!call.grad_k.data) forward<T, Pixel, K>(call);
+  else if (call.grad_rpb) backward<T, Pixel, K, true>(call);
+  else backward<T, Pixel, K, false>(call);
+}
+
+template <class T, template <class, int> class Pixel>
+void run(const Call& call) {
+  if (call.kernel_size == 3) run<T, Pixel, 3>(call);
+  if (call.kernel_size == 5) run<T, Pixel, 5>(call);
+  if (call.kernel_size == 7) run<T, Pixel, 7>(call);
+}
+
+template <template <class, int> class Pixel>
+void run(const Call& call) {
+  if (call.dtype == 0) run<float, Pixel>(call);
+  if (call.dtype == 1) run<BFloat16, Pixel>(call);
+  if (call.dtype == 2) run<Float16, Pixel>(call);
 }
 
 }  // namespace
 
 extern "C" {
 
-int slide_attention_version() { return 3; }
+int slide_attention_version() { return 4; }
 
-// The kernel sizes that native.py lets through.
-void slide_attention_forward(const Call* call) {
-  if (call->kernel_size == 3) forward<SlidePixel<3>>(*call);
-  if (call->kernel_size == 5) forward<SlidePixel<5>>(*call);
-  if (call->kernel_size == 7) forward<SlidePixel<7>>(*call);
+// Before a large result is written: pages of 2 MiB instead of 4 KiB, where the system leaves that to programs. Handing out
+// small ones takes up to half as long as the arithmetic.
+void slide_attention_large_pages(void* data, int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+  const uintptr_t page = 1 << 21, begin = reinterpret_cast<uintptr_t>(data);
+  const uintptr_t first = (begin + page - 1) / page * page, last = (begin + bytes) / page * page;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
 }
 
-void slide_attention_backward(const Call* call) {
-  if (call->kernel_size == 3) backward<SlidePixel<3>, 3>(*call);
-  if (call->kernel_size == 5) backward<SlidePixel<5>, 5>(*call);
-  if (call->kernel_size == 7) backward<SlidePixel<7>, 7>(*call);
-}
+// Forward, or backward if the gradient of k has memory. The kernel sizes and dtypes are those that native.py lets through.
+void slide_attention(const Call* call) { run<SlidePixel>(*call); }
 
-void neighborhood_attention_forward(const Call* call) {
-  if (call->kernel_size == 3) forward<NeighborhoodPixel<3>>(*call);
-  if (call->kernel_size == 5) forward<NeighborhoodPixel<5>>(*call);
-  if (call->kernel_size == 7) forward<NeighborhoodPixel<7>>(*call);
-}
-
-void neighborhood_attention_backward(const Call* call) {
-  if (call->kernel_size == 3) backward<NeighborhoodPixel<3>, 3>(*call);
-  if (call->kernel_size == 5) backward<NeighborhoodPixel<5>, 5>(*call);
-  if (call->kernel_size == 7) backward<NeighborhoodPixel<7>, 7>(*call);
-}
+void neighborhood_attention(const Call* call) { run<NeighborhoodPixel>(*call); }
 }

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-VERSION = 3  # as in native.cpp, of what the functions take; goes up with every change
+VERSION = 4  # as in native.cpp, of what the functions take; goes up with every change
 LANES = 8  # as in native.cpp
 KERNEL_SIZES = (3, 5, 7)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of the maps, in the order of native.cpp
 
 
 class _Map(ctypes.Structure):
@@ -21,7 +22,7 @@ class _Map(ctypes.Structure):
 class _Call(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int64) for name in ('batch', 'height', 'width', 'heads', 'head_dims')),
-        *((name, ctypes.c_int64) for name in ('kernel_size', 'threads')),
+        *((name, ctypes.c_int64) for name in ('kernel_size', 'threads', 'dtype')),
         ('scale', ctypes.c_float),
         *((name, _Map) for name in ('q', 'k', 'v', 'out')),
         *((name, ctypes.c_void_p) for name in ('kernels', 'rpb', 'mask')),
@@ -30,8 +31,8 @@ class _Call(ctypes.Structure):
     )
 
 
-def _load() -> tuple[ctypes.CDLL | None, str]:
-    """The compiled library, or why there is none."""
+def _load() -> tuple[Any, str]:
+    """The compiled library, or None and why there is none."""
     if platform.machine() in ('x86_64', 'AMD64') and torch.backends.cpu.get_cpu_capability() == 'DEFAULT':
         return None, 'needs a processor with AVX2'
     file = Path(__file__).with_name(f'_native{sysconfig.get_config_var("EXT_SUFFIX")}')
@@ -63,8 +64,8 @@ def neighborhood_refusal(q: Tensor, rpb: Tensor) -> str | None:
 def _refusal(q: Tensor, dtype: torch.dtype, kernel_size: int) -> str | None:
     if q.device.type != 'cpu':
         return f'needs CPU tensors, got {q.device.type}'
-    if q.dtype != torch.float32 or dtype != torch.float32:
-        return f'takes float32 only, got {q.dtype} maps and {dtype} parameters'
+    if q.dtype not in DTYPES or dtype != torch.float32:
+        return f'takes float32, bfloat16 or float16 maps and float32 parameters, got {q.dtype} and {dtype}'
     if q.shape[-1] % LANES:
         return f'takes head sizes that divide by {LANES}, got {q.shape[-1]}'
     if kernel_size not in KERNEL_SIZES:
@@ -82,8 +83,8 @@ def forward(
     scale: float,
     dropout_mask: Tensor | None,
 ) -> Tensor:
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    _run('slide_attention_forward', weight.shape[-1], (q, k, v, out), (_pack(weight, bias), rpb, dropout_mask), scale)
+    out = _empty(q)
+    _run('slide_attention', weight.shape[-1], (q, k, v, out), (_pack(weight, bias), rpb, dropout_mask), scale)
     return out
 
 
@@ -102,24 +103,24 @@ def backward(
     """The gradients of q, k and v, and with `parameters` those of weight, bias and rpb."""
     kernels = _pack(weight, bias)
     grads = _new_gradients(q)
-    call = 'slide_attention_backward', weight.shape[-1], (q, k, v, grad_out), (kernels, rpb, dropout_mask), scale
+    call = 'slide_attention', weight.shape[-1], (q, k, v, grad_out), (kernels, rpb, dropout_mask), scale
     if not parameters:
         _run(*call, grads)
-        return grads
+        return _narrowed(grads, q)
     grad_kernels, grad_rpb = _per_thread(kernels), _per_thread(rpb)
     _run(*call, (*grads, grad_kernels, grad_rpb))
     # (tap, channel block, slot, channel) to (channel block, channel, slot, tap)
     sums = grad_kernels.sum(0).permute(1, 3, 2, 0).flatten(0, 1)
     grad_weight = sums[..., :-1].contiguous().view(weight.shape)
-    return *grads, grad_weight, sums[..., -1].contiguous(), grad_rpb.sum(0)
+    return *_narrowed(grads, q), grad_weight, sums[..., -1].contiguous(), grad_rpb.sum(0)
 
 
 def neighborhood_forward(
     q: Tensor, k: Tensor, v: Tensor, rpb: Tensor, scale: float, dropout_mask: Tensor | None
 ) -> Tensor:
     """See `mmslide.ops.neighborhood_attention` for shapes; dropout_mask is (B, H, W, heads, k²)."""
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    _run('neighborhood_attention_forward', (rpb.shape[-1] + 1) // 2, (q, k, v, out), (None, rpb, dropout_mask), scale)
+    out = _empty(q)
+    _run('neighborhood_attention', (rpb.shape[-1] + 1) // 2, (q, k, v, out), (None, rpb, dropout_mask), scale)
     return out
 
 
@@ -136,20 +137,28 @@ def neighborhood_backward(
     """The gradients of q, k and v, and with `parameters` that of rpb."""
     grads = _new_gradients(q)
     kernel_size = (rpb.shape[-1] + 1) // 2
-    call = 'neighborhood_attention_backward', kernel_size, (q, k, v, grad_out), (None, rpb, dropout_mask), scale
+    call = 'neighborhood_attention', kernel_size, (q, k, v, grad_out), (None, rpb, dropout_mask), scale
     if not parameters:
         _run(*call, grads)
-        return grads
+        return _narrowed(grads, q)
     grad_rpb = _per_thread(rpb)
     _run(*call, (*grads, None, grad_rpb))
-    return *grads, grad_rpb.sum(0)
+    return *_narrowed(grads, q), grad_rpb.sum(0)
+
+
+def _empty(q: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    x = torch.empty_like(q, dtype=dtype, memory_format=torch.contiguous_format)
+    library.slide_attention_large_pages(ctypes.c_void_p(x.data_ptr()), ctypes.c_int64(x.nbytes))
+    return x
 
 
 def _new_gradients(q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Memory for those of q, k and v. The kernels add to the latter two."""
-    grad_q = torch.empty_like(q, memory_format=torch.contiguous_format)
-    grad_k, grad_v = (torch.zeros_like(q, memory_format=torch.contiguous_format) for _ in range(2))
-    return grad_q, grad_k, grad_v
+    """Memory for those of q, k and v. The kernels add to the latter two, in float32."""
+    return _empty(q), _empty(q, torch.float32).zero_(), _empty(q, torch.float32).zero_()
+
+
+def _narrowed(grads: tuple[Tensor, ...], q: Tensor) -> tuple[Tensor, ...]:
+    return tuple(grad.to(q.dtype) for grad in grads)
 
 
 def _per_thread(x: Tensor) -> Tensor:
@@ -180,7 +189,7 @@ def _run(
     maps = tuple(x if x.stride(-1) == 1 else x.contiguous() for x in maps)
     numbers = [None if x is None else x.contiguous() for x in (*parameters, *grads[3:])]
     threads = len(grads[4]) if len(grads) > 3 else torch.get_num_threads()
-    call = _Call(*maps[0].shape, kernel_size, threads, scale)
+    call = _Call(*maps[0].shape, kernel_size, threads, DTYPES.index(maps[0].dtype), scale)
     for field, x in zip(('q', 'k', 'v', 'out', 'grad_q', 'grad_k', 'grad_v'), (*maps, *grads[:3]), strict=False):
         setattr(call, field, _Map(x.data_ptr(), x.stride()[:4]))
     for field, values in zip(('kernels', 'rpb', 'mask', 'grad_kernels', 'grad_rpb'), numbers, strict=False):

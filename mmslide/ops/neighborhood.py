@@ -20,8 +20,8 @@ def neighborhood_attention(
     """Neighborhood attention with a relative position bias (CVPR 2023, arXiv 2204.07143, section 3.1).
 
     On an axis of length n, query i attends to the k positions from min(max(i - ⌊k/2⌋, 0), n - k) on: at the border the
-    window is moved inside. Float32 on a CPU takes compiled kernels where they are, everything else is done in tiles; in
-    neither are windows gathered. Export and forward-mode differentiation get operations of PyTorch's alone.
+    window is moved inside. A CPU takes compiled kernels where they are, except for float64; everything else is done in
+    tiles; in neither are windows gathered. Export and forward-mode differentiation get operations of PyTorch's alone.
 
     Args:
         q, k, v: (B, H, W, heads, d), one floating-point dtype, H and W at least k.
@@ -30,7 +30,8 @@ def neighborhood_attention(
         dropout_p: probability with which an attention weight is zeroed, as in `scaled_dot_product_attention`.
 
     Returns:
-        (B, H, W, heads, d), dtype of q, in which products are made; bias and softmax are in float32 at least.
+        (B, H, W, heads, d), dtype of q. Bias and softmax are in float32 at least, and so are the products of the
+        compiled kernels; the tiles make them in q's dtype.
 
     Raises:
         ValueError: shapes or dtypes do not fit together.
@@ -38,6 +39,7 @@ def neighborhood_attention(
     _check(q, k, v, rpb, dropout_p)
     if scale is None:
         scale = q.shape[-1] ** -0.5
+    rpb = rpb.to(torch.promote_types(rpb.dtype, tiles.wide(q)))
     if is_exporting() or forward_ad._current_level >= 0:  # the operator would lose tangents silently
         return tiles.whole_map(q, k, v, rpb, scale, dropout_p)
     reason = native.neighborhood_refusal(q, rpb)
