@@ -34,8 +34,9 @@ def slide_attention(
         rpb: (heads, k²), added to K, dtype of weight.
         scale: multiplies the logits; None is d ** -0.5.
         dropout_p: probability with which an attention weight is zeroed, as in `scaled_dot_product_attention`.
-        backend: 'native' (compiled CPU kernels for float32; no extra memory but each thread's sums of the kernels'
-            gradients), 'tapwise' (extra memory of the inputs' size at most, forward and backward), 'triton' (GPU
+        backend: 'native' (compiled CPU kernels for float32, bfloat16 and float16 with float32 arithmetic; no extra
+            memory but each thread's sums of the kernels' gradients, and in half precision float32 gradients of k and
+            v), 'tapwise' (extra memory of the inputs' size at most, forward and backward), 'triton' (GPU
             kernels; in backward extra memory of 2·k² float32 numbers for each pixel and head, in forward none), 'gpu'
             (these where a check on this very device finds them right, else 'tapwise'),
             'unrolled' (plain operations: for tracing and export; in training it keeps many maps), 'conv' (one
