@@ -8,7 +8,7 @@ DEVELOP := $(VENV)/.develop
 DEMO := cascade-mask-rcnn_slide-pvt-mini_fpn_mini-coco.py
 DEMO_SEG := slide-swin-mini_upernet_mini-ade20k-64x64.py
 
-.PHONY: help demo demo-seg test test-all setup clean
+.PHONY: help demo demo-seg test test-all evidence setup clean
 .DEFAULT_GOAL := help
 
 help:
@@ -16,6 +16,7 @@ help:
 	@echo 'make demo-seg  the same for UperNet with a small Slide-Swin'
 	@echo 'make test      set up, then the checks and tests'
 	@echo 'make test-all  the same with the exhaustive tests, about an hour'
+	@echo 'make evidence  train small Slide models and their hosts under equal budgets, hours; goes on where it was'
 	@echo 'make setup     the environment $(VENV) alone'
 	@echo 'Each of them takes STACK=classic (torch 2.1, ready-made mmcv) or STACK=onedl (the forks), in .venv-classic, .venv-onedl'
 
@@ -65,6 +66,9 @@ demo-seg: data/mini
 	$(BIN)/mim test mmslide $(DEMO_SEG) --checkpoint "$$(cat work_dirs/demo-seg/last_checkpoint)" \
 	    --work-dir work_dirs/demo-seg/test --show-dir work_dirs/demo-seg/pictures
 	@echo 'Ground truth and predictions side by side: work_dirs/demo-seg/pictures'
+
+evidence: data/mini
+	$(BIN)/python -m benchmarks.evidence $(if $(BCCD),--bccd $(BCCD))
 
 clean:
 	rm -rf .venv .venv-classic .venv-onedl build *.egg-info .mypy_cache .pytest_cache .ruff_cache

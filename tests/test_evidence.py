@@ -1,0 +1,103 @@
+import json
+
+import pytest
+import torch
+from helpers import tool
+from mmengine.config import Config
+
+from benchmarks.evidence import BACKBONES, Result, Run, all_runs, page, plot, read_result, run_config, table, train
+from mmslide.build import build_model
+from mmslide.models.attention import SlideAttention
+
+RUNS = [Run('generated', host, slide, 0) for host in BACKBONES for slide in (True, False)]
+
+
+def test_every_host_has_its_slide_model_and_the_same_seeds():
+    runs = all_runs(bccd=True)
+    assert len({run.name for run in runs}) == len(runs) == 18 + 6
+    assert {run for run in runs if run.slide} == {
+        Run(run.data, run.host, True, run.seed) for run in runs if not run.slide
+    }
+    assert not any(run.data == 'bccd' for run in all_runs(bccd=False))
+
+
+@pytest.mark.parametrize('run', RUNS, ids=lambda run: run.model)
+def test_both_sides_differ_in_the_attention_of_the_first_two_stages_alone(run, tmp_path):
+    run_config(run, 'data/mini', None).dump(tmp_path / 'config.py')
+    cfg = Config.fromfile(tmp_path / 'config.py')
+    backbone = build_model(Config(dict(model=cfg.model.backbone, default_scope='mmdet')))
+    slide = [any(isinstance(x, SlideAttention) for x in stage.modules()) for stage in backbone.stages]
+    assert slide == [run.slide, run.slide, False, False]
+    assert [x.shape[1] for x in backbone(torch.randn(1, 3, 64, 64))] == cfg.model.neck.in_channels
+    other = run_config(Run(run.data, run.host, not run.slide, run.seed), 'data/mini', None)
+    other.model.backbone.slide_stages = cfg.model.backbone.slide_stages
+    assert other.to_dict() == cfg.to_dict()
+
+
+def test_photographs_have_their_classes_and_no_masks():
+    cfg = run_config(Run('bccd', 'PVT', True, 2), 'data/mini', 'cells')
+    assert cfg.randomness.seed == 2
+    assert [head.num_classes for head in cfg.model.roi_head.bbox_head] == [3, 3]
+    assert cfg.model.roi_head.mask_head is None
+    assert cfg.train_dataloader.dataset.data_root.endswith('/cells/')
+    for loader in (cfg.train_dataloader, cfg.val_dataloader):
+        assert loader.dataset.metainfo.classes == ('RBC', 'WBC', 'Platelets')
+        steps = {step.type: step for step in loader.dataset.pipeline}
+        assert steps['Resize'].scale == (256, 192)
+        assert not steps['LoadAnnotations'].with_mask
+    with pytest.raises(ValueError, match='need the folder of BCCD'):
+        run_config(Run('bccd', 'PVT', True, 2), 'data/mini', None)
+
+
+def result(box, step=1):
+    return Result(dict(bbox_mAP=box, bbox_mAP_50=2 * box), [(1, box / 2), (2, box)], 0.25 * step, 1000.0, 7.6)
+
+
+def test_the_table_has_means_and_spreads(tmp_path):
+    results = {
+        Run('generated', 'PVT', True, 0): result(0.1),
+        Run('generated', 'PVT', True, 1): result(0.3, step=3),
+        Run('generated', 'PVT', False, 0): result(0.25),
+    }
+    lines = table(results, ('bbox_mAP', 'bbox_mAP_50')).splitlines()
+    assert lines[2] == '| Slide-PVT | 2 | 0.200 ± 0.141 | 0.400 ± 0.283 | 0.500 | 1000 | 8 |'
+    assert lines[3] == '| PVT | 1 | 0.250 | 0.500 | 0.250 | 1000 | 8 |'
+    plot(results, tmp_path / 'curves.png')
+    assert (tmp_path / 'curves.png').stat().st_size > 1000
+    for x in results.values():
+        x.metrics.update(segm_mAP=0.5, segm_mAP_50=0.75)
+    assert '## Photographs' not in page(results)
+    assert '## Photographs' in page({**results, Run('bccd', 'PVT', True, 0): result(0.5)})
+
+
+def test_an_interrupted_training_is_read_whole(tmp_path):
+    parts = [
+        [dict(loss=3.0, time=0.2, step=50), {'coco/bbox_mAP': 0.1, 'coco/bbox_mAP_50': 0.2, 'step': 1}],
+        [dict(loss=2.0, time=0.4, step=100), dict(loss=1.0, time=0.3, step=150)],
+        [{'coco/bbox_mAP': 0.3, 'coco/bbox_mAP_50': 0.6, 'step': 2}],
+    ]
+    with pytest.raises(ValueError, match='has no validation'):
+        read_result(tmp_path, 1.0, 1.0)
+    for number, lines in enumerate(parts):
+        folder = tmp_path / f'2026010{number}' / 'vis_data'
+        folder.mkdir(parents=True)
+        (folder / 'scalars.json').write_text('\n'.join(map(json.dumps, lines)))
+    found = read_result(tmp_path, 12.0, 3.0)
+    assert found.metrics == dict(bbox_mAP=0.3, bbox_mAP_50=0.6)
+    assert found.curve == [(1, 0.1), (2, 0.3)]
+    assert found.step_seconds == 0.3
+
+
+@pytest.mark.exhaustive
+def test_a_run_trains_once(tmp_path, monkeypatch):
+    mini = tmp_path / 'mini'
+    tool('make_mini_dataset', mini, '--num-train', 8, '--num-val', 4, '--size', 64)
+    monkeypatch.setattr('benchmarks.evidence.EPOCHS', 1)
+    run = Run('generated', 'PVT', True, 0)
+    found = train(run, tmp_path / run.name, mini, None)
+    assert set(found.metrics) == {'bbox_mAP', 'bbox_mAP_50', 'segm_mAP', 'segm_mAP_50'}
+    assert found.memory_mb > 100
+    assert found.step_seconds > 0
+    monkeypatch.setattr('subprocess.Popen', None)
+    again = train(run, tmp_path / run.name, mini, None)
+    assert again.metrics == found.metrics
