@@ -40,10 +40,15 @@ struct BFloat16 {
 };
 
 inline Vec load(const BFloat16* from) {
+#ifdef __x86_64__
+  const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  const __m256i bits = _mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16);
+#else
   typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
   Halves halves;
   std::memcpy(&halves, from, sizeof halves);
   const IntVec bits = __builtin_convertvector(halves, IntVec) << 16;
+#endif
   Vec x;
   std::memcpy(&x, &bits, sizeof x);
   return x;
