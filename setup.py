@@ -22,8 +22,10 @@ class BuildWithMim(build_py):
             return
         mim = Path(self.build_lib, 'mmslide', '.mim')
         shutil.rmtree(mim, ignore_errors=True)
+        # Tools that work in a checkout alone.
+        left_out = shutil.ignore_patterns('__pycache__', 'setup_env.sh', 'benchmark.py')
         for name in ('configs', 'tools'):
-            shutil.copytree(ROOT / name, mim / name, ignore=shutil.ignore_patterns('__pycache__', 'setup_env.sh'))
+            shutil.copytree(ROOT / name, mim / name, ignore=left_out)
         shutil.copy(ROOT / 'model-index.yml', mim)
 
 

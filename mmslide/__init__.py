@@ -6,10 +6,11 @@ from .version import __version__
 
 
 def _set_up() -> None:
-    from .stack import check_versions, declare_torchvision_operators, register_safe_globals
+    from .stack import check_versions, declare_torchvision_operators, register_package, register_safe_globals
 
     check_versions()
     register_safe_globals()
+    register_package()
     declare_torchvision_operators()
 
     # After the versions are known to fit: it imports mmengine's runner.

@@ -4,6 +4,7 @@ mmengine's own loaders unpickle what a URL gives them without that, so `register
 """
 
 import argparse
+import difflib
 import os
 import re
 import zipfile
@@ -191,12 +192,8 @@ def import_safetensors() -> Any:
 
 @contextmanager
 def _local_file(checkpoint: str) -> Iterator[Path]:
-    scheme, separator, name = checkpoint.partition('://')
-    if separator and scheme in ALIASES:
-        addresses = ALIASES[scheme]()
-        if name not in addresses:
-            raise ValueError(f'mmengine knows no checkpoint {checkpoint}')
-        checkpoint = addresses[name]
+    if checkpoint.partition('://')[0] in ALIASES:
+        checkpoint = _resolve_alias(checkpoint)
     if checkpoint.startswith(('http://', 'https://')):
         yield fetch(checkpoint)
     elif any(re.match(pattern, checkpoint) for pattern in OBJECT_STORES):
@@ -206,6 +203,28 @@ def _local_file(checkpoint: str) -> Iterator[Path]:
         raise ValueError(f'{checkpoint}: checkpoints are read from files, http://, https://, s3:// and petrel://')
     else:
         yield Path(checkpoint).expanduser()
+
+
+def _resolve_alias(alias: str) -> str:
+    """The URL or file that mmengine's tables have for an address such as openmmlab://NAME.
+
+    Raises:
+        ValueError: they do not have it.
+        ImportError: it is torchvision's, which cannot be imported.
+    """
+    scheme, _, name = alias.partition('://')
+    try:
+        table = ALIASES[scheme]()
+    except ImportError as error:
+        raise ImportError(f'checkpoint {alias} needs torchvision, which cannot be imported: {error}') from error
+    if scheme in ('openmmlab', 'open-mmlab'):
+        name = mmengine_checkpoint.get_deprecated_model_names().get(name, name)
+    if name not in table:
+        close = difflib.get_close_matches(name, table, n=1)
+        raise ValueError(f'mmengine knows no checkpoint {alias}' + (f'; did you mean {close[0]}?' if close else ''))
+    found = table[name]
+    # The user's own table, open_mmlab.json in that folder, may also name files there.
+    return found if '://' in found else os.path.join(mmengine_checkpoint._get_mmengine_home(), found)
 
 
 def fetch(url: str) -> Path:

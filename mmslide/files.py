@@ -18,6 +18,11 @@ CHECKOUT_CONFIGS = Path(__file__).parents[1] / 'configs'
 PREFIX, SUFFIX, LOCK, BACKUP = '.mmslide-', '.tmp', '.lock', '.old'
 
 
+def configs_folder() -> Path:
+    """The folder of mmslide's own configs."""
+    return WHEEL_CONFIGS if WHEEL_CONFIGS.is_dir() else CHECKOUT_CONFIGS
+
+
 def find_config(name: str | Path) -> Path:
     """A config file by its path, or one of mmslide's own by its bare name, as mim finds it.
 
@@ -27,7 +32,7 @@ def find_config(name: str | Path) -> Path:
     if Path(name).is_file():
         return Path(name)
     if Path(name).name == str(name):
-        for path in (WHEEL_CONFIGS if WHEEL_CONFIGS.is_dir() else CHECKOUT_CONFIGS).rglob(str(name)):
+        for path in configs_folder().rglob(str(name)):
             return path
     raise FileNotFoundError(f'{name} is not a file, and mmslide has no config of this name')
 

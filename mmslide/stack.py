@@ -1,5 +1,5 @@
-"""What mmslide needs of the packages around it: their versions, torchvision's operators, and their place in torch's
-checkpoint sandbox.
+"""What mmslide needs of the packages around it: their versions, torchvision's operators, its place among mmengine's
+packages, and theirs in torch's checkpoint sandbox.
 """
 
 import importlib
@@ -11,10 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from mmengine.config import Config
+from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.logging import HistoryBuffer
 from mmengine.utils import digit_version
 
 from .compat import add_safe_globals
+from .files import configs_folder
 from .version import MMPRETRAIN, REQUIRED, VERSIONS, requirement
 
 try:
@@ -107,6 +110,27 @@ def declare_torchvision_operators() -> None:
 
 # Operators last as long as the library that they were declared by.
 _torchvision = torch.library.Library('torchvision', 'FRAGMENT')
+
+
+def register_package() -> None:
+    """Lets `mmslide::FOLDER/CONFIG.py` name a config in `_base_` and for `mmengine.hub.get_config` and `get_model`.
+
+    mmengine has a list of packages, and gives all classes in another package's config the scope of that package. Those
+    in mmslide's configs belong to mmdet, mmseg and mmpretrain, so that a base of mmslide's gets no scope.
+    """
+    MODULE2PACKAGE['mmslide'] = 'mmslide'
+    config_path = Config._get_cfg_path
+
+    def config_path_or_ours(cfg_path: str, filename: str) -> tuple[str, str | None]:
+        package, _, name = cfg_path.partition('::')
+        if package != 'mmslide' or not name:
+            return config_path(cfg_path, filename)
+        path = configs_folder() / name
+        if not path.is_file():
+            raise FileNotFoundError(f'mmslide has no config {name}, which {filename} names in _base_')
+        return str(path), None
+
+    Config._get_cfg_path = staticmethod(config_path_or_ours)
 
 
 STATISTICS = ('min', 'max', 'current', 'mean')

@@ -13,9 +13,12 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from mmengine.config import Config
 from torch import Tensor, nn
 
+from mmslide.build import build_model
 from mmslide.compat import MODERN
+from mmslide.files import find_config
 from mmslide.weights import load_pretrained
 
 NEEDS_MODERN = pytest.mark.skipif(not MODERN, reason='needs PyTorch 2.6')
@@ -102,6 +105,17 @@ def randomize(model: nn.Module) -> nn.Module:
             else:
                 parameter.copy_(draw / parameter[0].numel() ** 0.5)
     return model
+
+
+def random_model(name: str, folder: Path, num_classes: int = 0, **model: Any) -> tuple[Path, Path]:
+    """A config with changes to its model, and a checkpoint of random weights for it that names its classes."""
+    config, checkpoint = folder / name, folder / 'random.pth'
+    config.write_text(f'_base_ = {str(find_config(name))!r}\nmodel = {model}\n')
+    classes = [f'class {label}' for label in range(num_classes)]
+    meta = dict(dataset_meta=dict(classes=classes, palette=[[label, 0, 0] for label in range(num_classes)]))
+    state = randomize(build_model(Config.fromfile(config))).state_dict()
+    torch.save(dict(meta=meta if classes else {}, state_dict=state), checkpoint)
+    return config, checkpoint
 
 
 def golden_state(name: str) -> dict[str, Tensor]:

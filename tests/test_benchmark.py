@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import relative_error
+from helpers import relative_error, tool_error
 from mmengine.logging import MMLogger
 
-from mmslide.benchmark import (
+from benchmarks import (
     BACKBONES,
     Machine,
     Side,
@@ -21,8 +21,8 @@ from mmslide.benchmark import (
     neighborhood_pair,
     op_pair,
 )
-from mmslide.benchmark.baselines import im2col
-from mmslide.benchmark.pairs import SMALL_SHAPE
+from benchmarks.baselines import im2col
+from benchmarks.pairs import SMALL_SHAPE
 from mmslide.ops import slide_attention
 from mmslide.ops.backends import BACKENDS, Backend
 
@@ -127,11 +127,26 @@ def test_backbones(name, training):
 
 
 @pytest.mark.slow
+def test_swin_where_one_window_covers_the_last_map():
+    """mmdet shifts that window all the same, which the pair undoes."""
+    pair = backbone_pair('swin-t', 224, 224)
+    compare(pair.ours, pair.baseline, False, pair.tolerance, seconds=0.0)
+
+
+@pytest.mark.exhaustive
+def test_hosts_are_compared_at_the_size_that_is_measured():
+    backbone_pair('slide-swin-t', 224, 224)
+    # mmdet fills a map that is smaller than the window with zeros.
+    with pytest.raises(RuntimeError, match='the host of slide-swin-t and SwinTransformer disagree: output 3'):
+        backbone_pair('slide-swin-t', 160, 224)
+
+
+@pytest.mark.slow
 def test_a_wrong_backend_is_noticed(monkeypatch):
     wrong = lambda *args: 1.01 * slide_attention(*args[:6], backend='conv')  # noqa: E731
     monkeypatch.setitem(BACKENDS, 'native', Backend(wrong))
     with pytest.raises(RuntimeError, match='slide-swin-t and the reference disagree'):
-        backbone_pair('slide-swin-t', 64, 96)
+        backbone_pair('slide-swin-t', *SMALL_SHAPE)
 
 
 @pytest.mark.exhaustive
@@ -164,10 +179,26 @@ def test_tool(monkeypatch, capsys, tmp_path):
     assert '8×12×8, 2 heads, k=7' in capsys.readouterr().out
 
 
+def test_a_pair_that_fails_does_not_take_the_others_along(monkeypatch, capsys, tmp_path):
+    def pair(height, *sizes, **settings):
+        if height == 9:
+            raise RuntimeError('ours and two-path disagree: output 0')
+        return op_pair(height, *sizes, **settings)
+
+    monkeypatch.setattr('benchmarks.op_pair', pair)
+    monkeypatch.setattr('benchmarks.measure_machine', lambda *_: Machine(1.0, 1.0))
+    options = ['--threads', torch.get_num_threads(), '--seconds', 0, '--device', 'cpu', '--json', tmp_path / 'out.json']
+    error = tool_error('benchmark', 'op', '--maps', '8x12x8x2', '9x9x8x2', '6x6x8x1', *options)
+    assert error == 'not measured: 9x9x8x2: ours and two-path disagree: output 0'
+    rows = [line.split('  ')[0] for line in capsys.readouterr().out.splitlines() if '×8, ' in line]
+    assert rows == ['8×12×8, 2 heads, k=3', '6×6×8, 1 heads, k=3']
+    assert [x['name'] for x in json.loads((tmp_path / 'out.json').read_text())] == rows
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('command', [['op', '--maps', '1x1x8x2'], ['backbone', 'twins-pcpvt-s']])
 def test_plot(command, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(sys.modules['mmslide.benchmark.cost'], '_global_seconds', lambda pair: 0.0)
+    monkeypatch.setattr(sys.modules['benchmarks.cost'], '_global_seconds', lambda pair: 0.0)
     runner = runpy.run_path(str(ROOT / 'tools/benchmark.py'))
     monkeypatch.setitem(runner['run_cost'].__globals__, 'SIDES', (32, 64))
     options = ['--threads', str(torch.get_num_threads()), '--seconds', '0', '--device', 'cpu']
@@ -192,7 +223,7 @@ def test_exported_layers_agree_and_are_measured(mlp_ratio, monkeypatch):
     fused, two_path = compare_exported(9, 13, 16, 2, 3, mlp_ratio, seconds=0.0)
     assert fused.seconds > 0
     assert two_path.seconds > 0
-    monkeypatch.setattr('mmslide.benchmark.baselines.two_path', lambda q, *_: q)
+    monkeypatch.setattr('benchmarks.baselines.two_path', lambda q, *_: q)
     with pytest.raises(RuntimeError, match='fused and two-path disagree'):
         compare_exported(9, 13, 16, 2, 3, mlp_ratio, seconds=0.0)
 

@@ -3,14 +3,17 @@
 import argparse
 import builtins
 import http.server
+import json
 import os
 import pickle
 import shutil
 import subprocess
 import sys
 import threading
+import time
 import zipfile
 from collections import OrderedDict
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -155,6 +158,72 @@ def test_a_damaged_download_says_how_to_try_again(server, tmp_path):
     (tmp_path / 'cut.pth').write_bytes((tmp_path / 'cut.pth').read_bytes()[:-1000])
     with pytest.raises(ValueError, match=r'damaged or incomplete.*; delete .*cache.*cut\.pth to download it again'):
         read_checkpoint(f'{server}/cut.pth')
+
+
+def test_processes_of_one_machine_download_once(tmp_path, monkeypatch):
+    """As the ranks of a distributed training do."""
+    torch.save(dict(x=torch.ones(2)), tmp_path / 'x.pth')
+    content, requests = (tmp_path / 'x.pth').read_bytes(), []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            requests.append(self.path)
+            self.send_response(200)
+            self.send_header('Content-Length', str(len(content)))
+            self.end_headers()
+            for part in (content[:100], content[100:]):
+                time.sleep(0.3)
+                self.wfile.write(part)
+
+        def log_message(self, *_):
+            pass
+
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'cache'))
+    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler) as served:
+        threading.Thread(target=served.serve_forever, daemon=True).start()
+        arguments = (f'http://127.0.0.1:{served.server_port}/x.pth',)
+        ranks = [get_context('fork').Process(target=read_checkpoint, args=arguments) for _ in range(3)]
+        for rank in ranks:
+            rank.start()
+        for rank in ranks:
+            rank.join(60)
+        served.shutdown()
+    assert [rank.exitcode for rank in ranks] == [0, 0, 0]
+    assert requests == ['/x.pth']
+
+
+@pytest.mark.parametrize('scheme', ['openmmlab', 'open-mmlab', 'mmcls', 'torchvision', 'modelzoo'])
+def test_an_alias_starts_a_backbone(scheme, server, tmp_path, monkeypatch):
+    wanted = backbone()
+    state = {f'backbone.{key}': value for key, value in wanted.state_dict().items()}
+    torch.save(dict(state_dict=state), tmp_path / 'alias.pth')
+    if 'mmlab' in scheme:  # with the user's own table
+        monkeypatch.setenv('MMENGINE_HOME', str(tmp_path))
+        (tmp_path / 'open_mmlab.json').write_text(json.dumps({'net': f'{server}/alias.pth', 'file': 'alias.pth'}))
+    else:
+        monkeypatch.setitem(mmslide.checkpoints.ALIASES, scheme, lambda: {'net': f'{server}/alias.pth'})
+    for name in ('net', 'file') if 'mmlab' in scheme else ('net',):
+        model = backbone(init_cfg=dict(type='Pretrained', checkpoint=f'{scheme}://{name}'))
+        model.init_weights()
+        assert all(torch.equal(value, wanted.state_dict()[key]) for key, value in model.state_dict().items())
+        found = CheckpointLoader.load_checkpoint(f'{scheme}://{name}')['state_dict']
+        assert found.keys() == (wanted.state_dict() if scheme == 'mmcls' else state).keys()
+
+
+def test_aliases_of_mmengine():
+    """Its own tables, where a name may be an old one."""
+    resolve = mmslide.checkpoints._resolve_alias
+    assert resolve('open-mmlab://resnet50_caffe') == resolve('openmmlab://detectron/resnet50_caffe')
+    assert resolve('mmcls://resnet50').startswith('https://download.openmmlab.com/mmclassification/')
+    assert resolve('openmmlab://resnet50_v1c').startswith('https://download.openmmlab.com/')
+    with pytest.raises(ValueError, match=r'knows no checkpoint mmcls://resnet5; did you mean resnet50\?'):
+        resolve('mmcls://resnet5')
+
+
+def test_an_alias_of_torchvision_without_torchvision(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'torchvision', None)
+    with pytest.raises(ImportError, match='checkpoint torchvision://resnet50 needs torchvision, which cannot be impor'):
+        read_checkpoint('torchvision://resnet50')
 
 
 def test_aliases_and_unknown_schemes(server, tmp_path, monkeypatch):

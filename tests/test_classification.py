@@ -73,7 +73,7 @@ def test_settings():
 def test_config(path):
     cfg = load(path)
     assert not set(cfg.keys()) - KNOWN_KEYS - {'bgr_mean', 'bgr_std'}
-    assert not [key for key in inner_keys(cfg.to_dict()) if isinstance(key, str) and key.startswith('_')]
+    assert {key for key in inner_keys(cfg.to_dict()) if isinstance(key, str) and key.startswith('_')} <= {'_scope_'}
     row = MODELS.get(cfg.model.backbone.type).variants[cfg.model.backbone.arch]
     assert cfg.model.head.in_channels == row['embed_dims'][3]
     assert cfg.model.backbone.stage_norm == ('next' if cfg.model.backbone.type == 'mmslide.SlidePVTv2' else 'output')

@@ -8,7 +8,7 @@ from helpers import NEEDS_MODERN, relative_error
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmslide.benchmark import Side, measure
+from benchmarks import Side, measure
 from mmslide.ops import native, neighborhood, neighborhood_attention, tiles
 from mmslide.ops.reference import neighborhood_reference
 

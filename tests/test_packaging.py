@@ -21,6 +21,14 @@ print('backend:', choose_backend(torch.empty(1, 4, 4, 2, 32), torch.empty(32, 9,
 """
 ZOO_CONFIG = 'slide-pvt-t_fpn_8xb4-40k_ade20k-512x512.py'
 
+# What mmengine's hub makes of the installed package.
+HUB = f"""
+import mmslide
+from mmengine.hub import get_config, get_model
+config = get_config('mmslide::slide_pvt/{ZOO_CONFIG}')
+print(config.filename, type(get_model('mmslide::mini/{CONFIG}').backbone).__name__)
+"""
+
 pytestmark = pytest.mark.slow
 
 
@@ -81,15 +89,22 @@ def test_wheel(checkout, python, data, tmp_path):
     shutil.rmtree(checkout)
     where = run(python, '-c', 'import mmslide; print(mmslide.__file__)', cwd=tmp_path)
     assert str(tmp_path / 'environment') in where
-    assert 'backend: native' in run(python, '-c', CHOICE, cwd=tmp_path)
+    output = run(python, '-c', CHOICE + HUB, cwd=tmp_path)
+    assert 'backend: native' in output
     installed = Path(where.strip().splitlines()[-1]).parent / '.mim'
-    assert not (installed / 'tools/setup_env.sh').exists()
+    assert not [name for name in ('setup_env.sh', 'benchmark.py') if (installed / 'tools' / name).exists()]
     assert (installed / 'tools/dist_train.sh').exists()
-    mim, options = train(python, data, folder, CONFIG)
+    assert f'{installed}/configs/slide_pvt/{ZOO_CONFIG} SlidePVT' in output
+    mine = tmp_path / 'mine.py'
+    mine.write_text(f"_base_ = 'mmslide::mini/{CONFIG}'\nrandomness = dict(seed=1)\n")
+    mim, options = train(python, data, folder, mine)
     checkpoint = ['--checkpoint', 'work/epoch_1.pth', '--work-dir', 'test']
     test_config = installed / 'configs/mini' / CONFIG
     output = run(*mim, 'test', 'mmslide', test_config, *checkpoint, *options, cwd=folder)
     assert 'Testing finished successfully' in output
+    prediction = [mine, 'work/epoch_1.pth', data / 'val2017', '--out', 'found']
+    assert 'found is written' in run(*mim, 'run', 'mmslide', 'predict', *prediction, cwd=folder)
+    assert len(list((folder / 'found/drawn').iterdir())) == 2
     zoo_config = installed / 'configs/slide_pvt' / ZOO_CONFIG
     assert 'multiply-adds' in run(*mim, 'run', 'mmslide', 'get_flops', zoo_config, '--shape', 64, 64, cwd=folder)
     assert 'Slide Attention on cpu' in run(*mim, 'run', 'mmslide', 'doctor', '--json', cwd=folder)

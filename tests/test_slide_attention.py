@@ -10,7 +10,7 @@ from torch import distributed, nn
 from torch.nn.modules import module as torch_module
 from torch.nn.utils import prune
 
-from mmslide.benchmark.baselines import two_path
+from benchmarks.baselines import two_path
 from mmslide.models import SlidePVT
 from mmslide.models.attention import SlideAttention
 from mmslide.models.layers import Block

@@ -1,9 +1,14 @@
-"""Measures ops, backbones, whole models and exported ones beside another implementation: time and memory."""
+"""Measures ops, backbones, whole models and exported ones beside another implementation: time and memory.
+
+Runs in a checkout: the package `benchmarks` beside this folder is not part of the wheel.
+"""
 
 import argparse
 import json
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from statistics import geometric_mean
 
@@ -12,9 +17,11 @@ from mmengine.config import Config
 from mmengine.hub import get_config
 from mmengine.logging import MMLogger
 from rich.console import Console
-from rich.table import Column, Table
+from rich.table import Table
 
-from mmslide.benchmark import (
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import (
     BACKBONES,
     Cost,
     ExportedMeasurement,
@@ -35,6 +42,10 @@ from mmslide.benchmark import (
 )
 from mmslide.deploy.graphs import PARTS
 from mmslide.files import find_config
+from mmslide.messages import INPUT_ERRORS, exit_on, message
+
+# What ends one measurement but not those of the others; the last if results differ or memory is short.
+ERRORS = (*INPUT_ERRORS, RuntimeError)
 
 # Height, width, channels, heads: stages that attend with Slide Attention, at detection's sizes.
 MAPS = ['200x320x64x1', '100x160x128x2', '200x200x96x3', '100x100x192x6']
@@ -50,12 +61,17 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     run = {'onnx': run_layers, 'exported': run_exported}.get(args.command, run_in_torch)
-    records = run(args, console)
-    if args.json:
-        args.json.write_text(json.dumps(records, indent=1) + '\n')
+    records: list[dict] = []
+    with exit_on(*ERRORS):
+        try:
+            for record in run(args, console):
+                records.append(record)
+        finally:
+            if args.json:
+                args.json.write_text(json.dumps(records, indent=1) + '\n')
 
 
-def run_in_torch(args: argparse.Namespace, console: Console) -> list[dict]:
+def run_in_torch(args: argparse.Namespace, console: Console) -> Iterator[dict]:
     settings = dict(batch=args.batch, dtype=getattr(torch, args.dtype), device=args.device, training=args.training)
     where = torch.cuda.get_device_name(args.device) if args.device.startswith('cuda') else f'{args.threads} CPU threads'
     what = f'{"forward and backward" if args.training else "inference"}, batch {args.batch}, {args.dtype}, {where}'
@@ -118,19 +134,22 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def pairs(args: argparse.Namespace, settings: dict) -> Iterator[Pair]:
+def pairs(args: argparse.Namespace, settings: dict) -> Iterator[tuple[str, Callable[[], Pair]]]:
+    """A name of each pair, and what builds it."""
     if args.command == 'op':
         for text in args.maps:
-            yield op_pair(*map(int, text.split('x')), **op_settings(args, settings))
+            yield text, partial(op_pair, *map(int, text.split('x')), **op_settings(args, settings))
     elif args.command == 'neighborhood':
         for text in args.maps:
-            yield neighborhood_pair(*map(int, text.split('x')), kernel_size=args.kernel_size, **settings)
+            sizes = map(int, text.split('x'))
+            yield text, partial(neighborhood_pair, *sizes, kernel_size=args.kernel_size, **settings)
     elif args.command == 'backbone':
         for name in args.names or BACKBONES:
-            yield backbone_pair(name, *args.shape, backend=args.backend, with_cp=args.with_cp, **settings)
+            own = dict(backend=args.backend, with_cp=args.with_cp)
+            yield name, partial(backbone_pair, name, *args.shape, **own, **settings)
     else:
-        ours, baseline = map(read_config, (args.config, args.baseline))
-        yield model_pair(ours, baseline, *args.shape, **settings)
+        configs = map(read_config, (args.config, args.baseline))
+        yield args.config, partial(model_pair, *configs, *args.shape, **settings)
 
 
 def read_config(name: str) -> Config:
@@ -142,40 +161,49 @@ def op_settings(args: argparse.Namespace, settings: dict) -> dict:
     return dict(settings, kernel_size=args.kernel_size, backend=args.backend, baseline=args.baseline)
 
 
-def run_pairs(args: argparse.Namespace, settings: dict, what: str, console: Console) -> list[dict]:
+def run_pairs(args: argparse.Namespace, settings: dict, what: str, console: Console) -> Iterator[dict]:
+    """Prints and yields each pair as soon as it is measured; those that fail are named at the end.
+
+    Raises:
+        RuntimeError: some failed.
+    """
     machine = measure_machine(settings['dtype'], torch.device(args.device))
-    console.print(
+    print(
         f'{what}. Copies: {machine.copy_rate / 1e9:.1f} GB/s, matrix products: {machine.matrix_rate / 1e9:.0f} Gop/s.'
     )
-    table = Table(
-        '', 'baseline', caption='× floor: our time over what this machine needs at least for the bytes and operations'
-    )
-    for column in ('ours ms', 'baseline ms', 'ratio', 'images/s', '× floor', 'ours MB', 'baseline MB', 'ratio'):
-        table.add_column(column, justify='right')
+    print('× floor: our time over what this machine needs at least for the bytes and operations\n')
+    columns = ['ours ms', 'baseline ms', 'ratio', 'images/s', '× floor', 'ours MB', 'baseline MB', 'ratio']
     if args.training:
-        for column in ('ours kept MB', 'baseline kept MB', 'ratio'):
-            table.add_column(column, justify='right')
-    records = []
-    for pair in pairs(args, settings):
-        with console.status(pair.name):
-            ours, baseline = compare(pair.ours, pair.baseline, args.training, pair.tolerance, args.seconds)
-        table.add_row(*row(pair, ours, baseline, machine, args.training))
-        records.append(
-            dict(
-                name=pair.name, against=pair.baseline.name, settings=what, ours=asdict(ours), baseline=asdict(baseline)
-            )
+        columns += ['ours kept MB', 'baseline kept MB', 'ratio']
+    print_row(['', 'baseline'], columns, columns)
+    ratios, failures = [], []
+    for name, build in pairs(args, settings):
+        try:
+            with console.status(name):
+                pair = build()
+                ours, baseline = compare(pair.ours, pair.baseline, args.training, pair.tolerance, args.seconds)
+        except ERRORS as error:
+            failures.append(f'{name}: {message(error)}')
+            continue
+        print_row([pair.name, pair.baseline.name], row(pair, ours, baseline, machine, args.training), columns)
+        ratios.append(baseline.seconds / ours.seconds)
+        yield dict(
+            name=pair.name, against=pair.baseline.name, settings=what, ours=asdict(ours), baseline=asdict(baseline)
         )
-    console.print(table)
-    if len(records) > 1:
-        ratio = geometric_mean(x['baseline']['seconds'] / x['ours']['seconds'] for x in records)
-        console.print(f'geometric mean of the ratios of times: {ratio:.2f}')
-    return records
+    if len(ratios) > 1:
+        print(f'geometric mean of the ratios of times: {geometric_mean(ratios):.2f}')
+    if failures:
+        raise RuntimeError(f'not measured: {"; ".join(failures)}')
+
+
+def print_row(names: Sequence[str], cells: Sequence[str], columns: Sequence[str]) -> None:
+    """The names to the left, the cells below the names of their columns."""
+    aligned = [f'{cell:>{max(len(column), 6)}}' for cell, column in zip(cells, columns, strict=True)]
+    print(*(f'{name:30}' for name in names), *aligned, sep='  ', flush=True)
 
 
 def row(pair: Pair, ours: Measurement, baseline: Measurement, machine: Machine, training: bool) -> list[str]:
     cells = [
-        pair.name,
-        pair.baseline.name,
         f'{1e3 * ours.seconds:.1f}',
         f'{1e3 * baseline.seconds:.1f}',
         f'{baseline.seconds / ours.seconds:.2f}',
@@ -190,22 +218,20 @@ def row(pair: Pair, ours: Measurement, baseline: Measurement, machine: Machine, 
     return cells
 
 
-def run_layers(args: argparse.Namespace, console: Console) -> list[dict]:
+def run_layers(args: argparse.Namespace, console: Console) -> Iterator[dict]:
     block = f'with norms and an MLP of ratio {args.mlp_ratio:g}' if args.mlp_ratio else 'alone'
-    console.print(f'Slide Attention with its projections {block}, in onnxruntime, float32, {args.threads} CPU threads')
-    table = Table('', *(Column(name, justify='right') for name in ('fused ms', 'two-path ms', 'ratio')))
-    records = []
+    print(f'Slide Attention with its projections {block}, in onnxruntime, float32, {args.threads} CPU threads\n')
+    columns = ['fused ms', 'two-path ms', 'ratio']
+    print_row([''], columns, columns)
     for text in args.maps:
         sizes = [int(x) for x in text.split('x')]
         sides = compare_exported(*sizes, args.kernel_size, args.mlp_ratio, args.seconds)
         ours, baseline = (1e3 * side.seconds for side in sides)
-        table.add_row(text, f'{ours:.1f}', f'{baseline:.1f}', f'{baseline / ours:.2f}')
-        records.append(dict(name=text, mlp_ratio=args.mlp_ratio, fused_ms=ours, two_path_ms=baseline))
-    console.print(table)
-    return records
+        print_row([text], [f'{ours:.1f}', f'{baseline:.1f}', f'{baseline / ours:.2f}'], columns)
+        yield dict(name=text, mlp_ratio=args.mlp_ratio, fused_ms=ours, two_path_ms=baseline)
 
 
-def run_exported(args: argparse.Namespace, console: Console) -> list[dict]:
+def run_exported(args: argparse.Namespace, console: Console) -> Iterator[dict]:
     names = [args.config, *([args.baseline] if args.baseline else [])]
     console.print(f'{args.part} of {" and ".join(names)}, {args.shape[0]}×{args.shape[1]}, {args.threads} CPU threads')
     runtimes = available_runtimes()
@@ -217,23 +243,21 @@ def run_exported(args: argparse.Namespace, console: Console) -> list[dict]:
     for column in ('ms', 'file MB', 'memory MB'):
         for name in ('', 'baseline ', 'ratio of ')[: 3 if args.baseline else 1]:
             table.add_column(name + column, justify='right')
-    records = []
     for name, measurements in results.items():
         cells = []
         for figures in zip(*(_figures(x) for x in measurements), strict=True):
             cells += [f'{figure:.1f}' for figure in figures]
             cells += [f'{figures[1] / figures[0]:.2f}'] if args.baseline else []
         table.add_row(name, *cells)
-        records.append(dict(runtime=name, configs=names, measurements=[asdict(x) for x in measurements]))
+        yield dict(runtime=name, configs=names, measurements=[asdict(x) for x in measurements])
     console.print(table)
-    return records
 
 
 def _figures(x: ExportedMeasurement) -> tuple[float, float, float]:
     return 1e3 * x.seconds, x.file_bytes / 1e6, x.peak_bytes / 1e6
 
 
-def run_cost(args: argparse.Namespace, settings: dict, what: str, console: Console) -> list[dict]:
+def run_cost(args: argparse.Namespace, settings: dict, what: str, console: Console) -> Iterator[dict]:
     if args.command == 'op':
         _, _, channels, heads = map(int, args.maps[0].split('x'))
         title = f'Slide Attention, {channels} channels at a quarter of the image'
@@ -269,7 +293,7 @@ def run_cost(args: argparse.Namespace, settings: dict, what: str, console: Conso
                 )
     plot_cost(costs, f'{title}\n{what}', names, args.plot)
     console.print(f'drawn: {args.plot}')
-    return [asdict(cost) for cost in costs]
+    yield from (asdict(cost) for cost in costs)
 
 
 if __name__ == '__main__':

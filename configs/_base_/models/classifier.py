@@ -1,5 +1,6 @@
 # The host's classifier: norm, mean over the pixels, linear. Norm is the backbone's output norm.
 model = dict(
+    _scope_='mmpretrain',  # for mmengine.hub.get_model
     type='ImageClassifier',
     data_preprocessor=dict(
         type='ClsDataPreprocessor',

@@ -5,6 +5,7 @@ boxes = dict(type='DeltaXYWHBBoxCoder', target_means=[0.0, 0.0, 0.0, 0.0])
 
 
 model = dict(
+    _scope_='mmdet',  # for mmengine.hub.get_model
     type='MaskRCNN',
     data_preprocessor=dict(
         type='DetDataPreprocessor',

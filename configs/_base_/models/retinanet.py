@@ -1,5 +1,6 @@
 # RetinaNet with an FPN from stride 8 on. A config adds the backbone and neck.in_channels, of three stages.
 model = dict(
+    _scope_='mmdet',  # for mmengine.hub.get_model
     type='RetinaNet',
     data_preprocessor=dict(
         type='DetDataPreprocessor',
