@@ -9,6 +9,8 @@ import shutil
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 from setuptools.command.editable_wheel import editable_wheel
 
@@ -27,6 +29,20 @@ class BuildWithMim(build_py):
         for name in ('configs', 'tools'):
             shutil.copytree(ROOT / name, mim / name, ignore=left_out)
         shutil.copy(ROOT / 'model-index.yml', mim)
+
+
+class BuildLibrary(build_ext):
+    """The kernels are a library of C functions that ctypes loads: its name has no version of Python."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return str(Path(*fullname.split('.')).with_suffix('.so'))
+
+
+class AnyPythonWheel(bdist_wheel):
+    """One wheel of a platform for every Python."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return 'py3', 'none', super().get_tag()[2]
 
 
 class EditableWithMim(editable_wheel):
@@ -68,5 +84,7 @@ setup(
     # Makes an editable install a plain path entry, beside which site-packages/mmslide/.mim is no second package.
     package_dir={'': '.'},
     include_package_data=False,
-    cmdclass=dict(build_py=BuildWithMim, editable_wheel=EditableWithMim),
+    cmdclass=dict(
+        build_py=BuildWithMim, build_ext=BuildLibrary, bdist_wheel=AnyPythonWheel, editable_wheel=EditableWithMim
+    ),
 )

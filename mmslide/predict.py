@@ -87,9 +87,11 @@ def find_inputs(inputs: Sequence[str | Path]) -> list[Path]:
     for given in map(str, inputs):
         if os.path.isdir(given):
             found = sorted(path for path in Path(given).iterdir() if path.suffix.lower() in IMAGES)
+        elif os.path.exists(given):
+            found = [Path(given)]
         else:
-            found = [Path(given)] if os.path.isfile(given) else [Path(path) for path in sorted(glob.glob(given))]
-            found = [path for path in found if path.is_file()]
+            found = [Path(path) for path in sorted(glob.glob(given, recursive=True))]
+        found = [path for path in found if path.is_file()]
         if not found:
             what = 'has no images' if os.path.isdir(given) else 'does not exist'
             raise FileNotFoundError(f'{given} {what}')

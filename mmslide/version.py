@@ -1,4 +1,4 @@
-__version__ = '0.1.0'
+__version__ = '0.2.0'
 
 # What works with it: from the first version, up to but without the second.
 VERSIONS = {

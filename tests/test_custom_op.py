@@ -258,7 +258,7 @@ def test_what_native_cannot_do_is_refused_by_hand_and_left_to_others(shape, dtyp
 @pytest.mark.parametrize(
     ('change', 'message'),
     [
-        (dict(target='pathlib.Path.is_file', return_value=False), 'was not compiled for this Python'),
+        (dict(target='pathlib.Path.is_file', return_value=False), 'was not compiled: get a C'),
         (dict(target='ctypes.CDLL', side_effect=OSError('no libgomp')), r'cannot be loaded \(no libgomp\)'),
         (dict(target='mmslide.ops.native.VERSION', new=0), 'was compiled from another version of mmslide'),
         (dict(target='torch.backends.cpu.get_cpu_capability', return_value='DEFAULT'), 'needs a processor with AVX2'),

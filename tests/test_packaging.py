@@ -9,7 +9,10 @@ import venv
 from pathlib import Path
 
 import pytest
+import yaml
 from mmengine.config import Config
+
+from mmslide.version import __version__
 
 REPOSITORY = Path(__file__).parent.parent
 CONFIG = 'cascade-mask-rcnn_slide-pvt-mini_fpn_mini-coco.py'
@@ -50,7 +53,7 @@ def data(tmp_path_factory):
 def checkout(tmp_path):
     """What a user has after cloning."""
     folder = tmp_path / 'checkout'
-    left_out = shutil.ignore_patterns('.*', '*.so', '__pycache__', 'build', 'data', 'work_dirs', '*.egg-info')
+    left_out = shutil.ignore_patterns('.*', '*.so', '__pycache__', 'build', 'data', 'work_dirs', '*.egg-info', 'dist')
     shutil.copytree(REPOSITORY, folder, ignore=left_out)
     return folder
 
@@ -85,6 +88,7 @@ def test_wheel(checkout, python, data, tmp_path):
     build = ['-m', 'pip', 'wheel', '--no-build-isolation', '--no-deps', '--no-index', '-w', wheels, '.']
     run(sys.executable, *build, cwd=checkout)
     (wheel,) = wheels.iterdir()
+    assert '-py3-none-' in wheel.name
     install(python, wheel, cwd=tmp_path)
     shutil.rmtree(checkout)
     where = run(python, '-c', 'import mmslide; print(mmslide.__file__)', cwd=tmp_path)
@@ -116,6 +120,27 @@ def test_wheel(checkout, python, data, tmp_path):
     assert config.name == ZOO_CONFIG
     ours = REPOSITORY / 'configs/slide_pvt' / ZOO_CONFIG
     assert Config.fromfile(config).to_dict() == Config.fromfile(ours).to_dict()
+
+
+@pytest.mark.exhaustive
+def test_release(checkout, tmp_path):
+    """What is uploaded: the sdist holds everything, its tests and documentation too, and the wheel is built from it."""
+    dist = tmp_path / 'dist'
+    run(sys.executable, '-m', 'build', '--no-isolation', '--outdir', dist, cwd=checkout)
+    sdist, wheel = sorted(dist.iterdir(), key=lambda path: path.suffix)
+    assert run(sys.executable, '-m', 'twine', 'check', '--strict', sdist, wheel, cwd=tmp_path).count('PASSED') == 2
+    shutil.unpack_archive(sdist, tmp_path, filter='data')
+    unpacked = tmp_path / f'mmslide-{__version__}'
+    given = [path.relative_to(checkout) for path in checkout.rglob('[!.]*') if path.is_file()]
+    assert not [path for path in given if not (unpacked / path).exists()]
+    fast = ['-q', 'tests/test_files.py', 'tests/test_unpickler.py', 'tests/test_cswin.py']
+    assert ' passed' in run(sys.executable, '-m', 'pytest', *fast, cwd=unpacked)
+
+
+def test_the_citation_names_the_release():
+    citation = yaml.safe_load((REPOSITORY / 'CITATION.cff').read_text())
+    assert citation['version'] == __version__
+    assert f'## [{__version__}] - {citation["date-released"]}' in (REPOSITORY / 'CHANGELOG.md').read_text()
 
 
 def test_install_without_a_compiler(checkout, python, tmp_path):

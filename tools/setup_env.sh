@@ -12,12 +12,13 @@ say() { printf '[setup %4ds] %s\n' $((SECONDS - started)) "$*"; }
 fail() { echo "$*" >&2; exit 1; }
 
 case $stack in
-    official | onedl) oldest=11 newest=12 ;;
+    official) oldest=11 newest=13 ;;
+    onedl) oldest=11 newest=12 ;;
     classic) oldest=10 newest=11 ;;
     *) fail "STACK must be official, classic or onedl, got $stack" ;;
 esac
 "$python" -c "import sys; sys.exit(not (3, $oldest) <= sys.version_info[:2] <= (3, $newest))" ||
-    fail "This stack needs Python 3.$oldest or 3.$newest, got $("$python" --version). Say PYTHON=python3.11 make ..."
+    fail "This stack needs Python 3.$oldest to 3.$newest, got $("$python" --version). Say PYTHON=python3.11 make ..."
 say "virtual environment $venv ($("$python" --version)); 10 to 20 minutes the first time, 2 to 4 with a cached mmcv"
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
 pip=("$venv/bin/python" -m pip --disable-pip-version-check --quiet)

@@ -2,7 +2,6 @@
 
 import ctypes
 import platform
-import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +34,9 @@ def _load() -> tuple[Any, str]:
     """The compiled library, or None and why there is none."""
     if platform.machine() in ('x86_64', 'AMD64') and torch.backends.cpu.get_cpu_capability() == 'DEFAULT':
         return None, 'needs a processor with AVX2'
-    file = Path(__file__).with_name(f'_native{sysconfig.get_config_var("EXT_SUFFIX")}')
+    file = Path(__file__).with_name('_native.so')
     if not file.is_file():
-        return None, 'was not compiled for this Python: get a C++ compiler with OpenMP and install mmslide again'
+        return None, 'was not compiled: get a C++ compiler with OpenMP and install mmslide again'
     try:
         found = ctypes.CDLL(str(file))
     except OSError as error:
