@@ -1,5 +1,6 @@
 """Figures of what `mmslide.visualize` computes. Without pyplot, so that a user's own figures are left alone."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -75,7 +76,7 @@ def attention_figure(sample: Sample, point: tuple[float, float], slots: Sequence
         for head, (ax, weights) in enumerate(zip(row[1:], block.weights, strict=False)):
             _show_image(ax, sample, f'head {head}')
             ax.set(xlim=(left, right), ylim=(bottom, top))
-            ax.plot(*block.shifted.T.numpy(), 'x', color='white', markersize=5)
+            ax.plot(*block.shifted.T.numpy(), 'X', color='white', markeredgecolor='black', markersize=6)
             places, weights = block.places.T.numpy(), weights.numpy()
             dots = ax.scatter(*places, s=600 * weights, c=weights, norm=scale, cmap='plasma', alpha=0.8)
     figure.colorbar(dots, ax=axes, label='attention weight', shrink=0.6)
@@ -95,17 +96,16 @@ def kernel_figure(kernels: Mapping[str, Tensor]) -> Figure:
         deformed, size = deformed_part(weight), weight.shape[-1]
         mean, spread, merged = deformed.mean(0), deformed.square().mean(0).sqrt(), weight.mean(0)
         panels = [
-            ('fixed shift', fixed_shift(size), POSITIVE, (0.0, 1.0)),
+            (f'{name}\nfixed shift', fixed_shift(size), POSITIVE, (0.0, 1.0)),
             ('deformed, mean of channels', mean, SIGNED, _symmetric(mean)),
             ('deformed, RMS of channels', spread, POSITIVE, (0.0, max(float(spread.max()), TINY))),
-            ('sum, mean of channels', merged, SIGNED, _symmetric(merged)),
+            (f'sum, mean of channels\ndistance {shift_distance(weight):.3f}', merged, SIGNED, _symmetric(merged)),
         ]
         for ax, (title, part, colours, limits) in zip(row, panels, strict=False):
             _show(ax, tiled(part), title, colours, limits)
             edges = np.arange(size - 0.5, size**2 - 1, size)
             ax.vlines(edges, -0.5, size**2 - 0.5, 'grey', linewidth=0.8)
             ax.hlines(edges, -0.5, size**2 - 0.5, 'grey', linewidth=0.8)
-        row[0].set_title(f'{name}\ndistance {shift_distance(weight):.3f}', fontsize='small')
         _show_offsets(row[4], weight)
     return figure
 
@@ -120,7 +120,7 @@ def _show_offsets(ax: Any, weight: Tensor) -> None:
     ax.plot(*places.T.numpy(), 'o', color='red', markersize=4)
     ax.set_axis_on()
     ax.set(xlim=(-reach, reach), ylim=(reach, -reach), aspect='equal')
-    ax.set_title('where slots read (× fixed shift)', fontsize='small')
+    ax.set_title('where slots read', fontsize='small')
 
 
 def history_figure(
@@ -144,7 +144,7 @@ def history_figure(
         xlabel='checkpoint' if iterations is None else 'iteration',
         ylabel='‖deformed part‖ / ‖shift‖',
     )
-    ax.set_ylim(bottom=0)
+    ax.set_ylim(0, 1.05 * max(TINY, *(value for values in distances.values() for value in values)))
     figure.legend(loc='outside right upper', fontsize='small')
     return figure
 
@@ -169,12 +169,13 @@ def activation_figure(
         for ax, stage in zip(row[1:], stages, strict=True):
             _show_image(ax, sample, f'stage {stage}')
             values = activations[stage]
+            relative = (values / values.max().clamp(min=TINY)).numpy()
             overlay = ax.imshow(
-                (values / values.max().clamp(min=TINY)).numpy(),
+                relative,
                 cmap='inferno',
                 vmin=0,
                 vmax=1,
-                alpha=0.6,
+                alpha=0.3 + 0.5 * relative,
                 extent=_extent(values, strides[stage]),
                 interpolation='bilinear',
             )
@@ -216,7 +217,8 @@ def receptive_field_figure(
                 ax.add_patch(Rectangle(corner, side, side, fill=False, color='cyan', linestyle=SHARES[share]))
             ax.set(xlim=(0, width), ylim=(height, 0))
             widths = ', '.join(f'{share:.0%}: {side:.0f} px' for share, side in sides.items())
-            ax.set_title(f'{name}\nstage {stage} ({widths})', fontsize='small')
+            ax.set_title(f'stage {stage}\n{widths}', fontsize='small')
+        row[0].set_ylabel(name)
     figure.colorbar(shown, ax=axes, label='gradient, relative to its maximum', shrink=0.6)
     return figure
 
@@ -231,7 +233,7 @@ def to_pixels(figure: Figure) -> np.ndarray:
 def _panels(title: str, rows: int, columns: int) -> tuple[Figure, np.ndarray]:
     """Axes (rows, columns), all of them invisible until something is drawn."""
     figure = Figure(figsize=(PANEL * columns, PANEL * rows + 0.6), layout='constrained')
-    figure.suptitle(title)
+    figure.suptitle(textwrap.fill(title, 30 * columns))
     axes = figure.subplots(rows, columns, squeeze=False)
     for ax in axes.flat:
         ax.set_axis_off()

@@ -52,7 +52,7 @@ def load_sample(cfg: Config, model: Any, file: str | Path) -> Sample:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no image, or the config has no test pipeline.
+        ValueError: it is no image, or not of 3 channels; or the config has no test pipeline.
     """
     read_image(file)
     steps = [step for step in find_test_pipeline(cfg) if not _loads_annotations(transform_name(step))]
@@ -60,6 +60,8 @@ def load_sample(cfg: Config, model: Any, file: str | Path) -> Sample:
         raise ValueError('the config has no test pipeline, neither in test_dataloader.dataset nor as test_pipeline')
     with DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
         packed = Compose(steps)(dict(img_path=str(file), img_id=0))
+    if len(packed['inputs']) != 3:
+        raise ValueError(f'only images of 3 channels can be drawn, got {len(packed["inputs"])}')
     pixels = packed['inputs'].permute(1, 2, 0).numpy()[..., ::-1]  # pipelines load BGR
     batch = model.data_preprocessor(dict(inputs=[packed['inputs']], data_samples=[packed['data_samples']]), False)
     return Sample(pixels.round().clip(0, 255).astype(np.uint8), batch['inputs'], batch['data_samples'][0])
@@ -191,8 +193,8 @@ def attended_slots(
 def slot_offsets(weight: Tensor) -> Tensor:
     """Where each slot of kernels (d, k², k, k) reads: (k², 2), x and y from the pixel, in pixels of the map.
 
-    It is the mean of the taps, weighted with the kernels' absolute values, over all channels. NaN for a slot that reads
-    nothing.
+    It is the mean of the taps, weighted with the absolute values of the kernels, over all channels: of kernels that
+    interpolate between pixels the very place. NaN for a slot that reads nothing.
     """
     kernel_size = weight.shape[-1]
     offset = torch.arange(kernel_size, dtype=weight.dtype, device=weight.device) - kernel_size // 2

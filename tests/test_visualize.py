@@ -60,7 +60,7 @@ def test_kernels_of_a_pure_shift(kernel_size):
     assert all(np.array_equal(line.get_xydata()[0], line.get_xydata()[1]) for line in moves)
     assert np.array_equal(shifted.get_xydata(), taps)
     assert np.array_equal(places.get_xydata(), taps)
-    assert 'distance 0.000' in row[0].get_title()
+    assert 'distance 0.000' in row[3].get_title()
 
 
 def panels(figure, columns):
@@ -71,6 +71,16 @@ def panels(figure, columns):
 
 def drawn(ax):
     return ax.images[0].get_array()
+
+
+def test_kernels_that_interpolate():
+    """The slots of bilinear sampling at fractional offsets, which differ from channel to channel."""
+    weight = torch.zeros(2, 9, 3, 3)
+    offsets = torch.tensor([[[0.25, -0.5], [-1.0, 0.75]]]).expand(9, -1, -1)  # (slot, channel, [x, y])
+    for slot, channel in itertools.product(range(9), range(2)):
+        x, y = (nn.functional.relu(1 - (torch.arange(-1, 2) - o).abs()) for o in offsets[slot, channel])
+        weight[channel, slot] = y[:, None] * x
+    assert torch.allclose(visualize.slot_offsets(weight), offsets.mean(1), atol=1e-6)
 
 
 def test_kernels_that_have_moved():
@@ -229,7 +239,7 @@ def test_receptive_fields_of_convolutions():
     assert visualize.contribution_side(once, (7, 6), 0.4) == 2
     assert visualize.contribution_side(twice, (6.5, 6.5), 1) == 5
     # Averaged, not added, and of the absolute values.
-    scaled = visualize.receptive_fields(lambda image: [image * float(image.mean())], images)
+    scaled = visualize.receptive_fields(lambda image: [image * image.detach().mean()], images)
     means = sum(abs(float(image.mean())) for image in images) / 2
     assert float(scaled[0][6, 7]) == pytest.approx(2 * means, rel=1e-5)
 
@@ -288,7 +298,7 @@ def trained(tmp_path_factory):
             model = randomize(build_model(config))
             for name, parameter in model.named_parameters():
                 if name.endswith('fc_cls.bias'):
-                    parameter.data[-1] = -5  # of the background, so that something is found
+                    parameter.data[:2] = 4  # of the first two of 80 classes, so that something is found
             meta = dict(iter=7, dataset_meta=dict(classes=('disk', 'rectangle')))
             torch.save(dict(state_dict=model.state_dict(), meta=meta), names[1])
             rng = np.random.default_rng(0)

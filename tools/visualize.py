@@ -95,9 +95,9 @@ def draw(args: argparse.Namespace) -> Iterator[tuple[str, Figure]]:
         crops = visualize.centre_crops(images)
         backbones = {type(backbone).__name__: backbone}
         if blocks:
-            weights = 'its own weights' if args.host_checkpoint else 'its attention untrained'
+            weights = 'its own weights' if args.host_checkpoint else 'attention untrained'
             host = visualize.build_host(cfg, backbone, args.host_checkpoint)
-            backbones[f'slide_stages=(), {weights}'] = host
+            backbones[f'slide_stages=()\n{weights}'] = host
         fields = {
             name: visualize.receptive_fields(partial(visualize.stage_maps, x), crops) for name, x in backbones.items()
         }
