@@ -76,7 +76,9 @@ def attention_figure(sample: Sample, point: tuple[float, float], slots: Sequence
         for head, (ax, weights) in enumerate(zip(row[1:], block.weights, strict=False)):
             _show_image(ax, sample, f'head {head}')
             ax.set(xlim=(left, right), ylim=(bottom, top))
-            ax.plot(*block.shifted.T.numpy(), 'X', color='white', markeredgecolor='black', markersize=6)
+            ax.plot(
+                *block.shifted.T.numpy(), 'X', color='white', markeredgecolor='black', markersize=5, markeredgewidth=0.5
+            )
             places, weights = block.places.T.numpy(), weights.numpy()
             dots = ax.scatter(*places, s=600 * weights, c=weights, norm=scale, cmap='plasma', alpha=0.8)
     figure.colorbar(dots, ax=axes, label='attention weight', shrink=0.6)

@@ -303,16 +303,21 @@ def find_targets(
     if not (hasattr(model, 'decode_head') or hasattr(model, 'with_head')):
         found = model.predict(inputs, [sample.data_sample], rescale=False)[0].pred_instances
         if len(found) and not found.scores.requires_grad:
-            raise ValueError(f'{type(model).__name__} has scores without gradients, for which there is no activation')
+            raise ValueError(f'the scores of this {type(model).__name__} have no gradients')
         order = found.scores.argsort(descending=True)[:limit]
         return [
             Target(f'{name(int(label))} {score:.2f}', score, box.detach().cpu())
             for label, score, box in zip(found.labels[order], found.scores[order], found.bboxes[order], strict=True)
             if score >= score_thr
         ]
-    logits = model(inputs, [sample.data_sample], mode='tensor')
+    try:
+        logits = model(inputs, [sample.data_sample], mode='tensor')
+    except (TypeError, NotImplementedError) as error:
+        raise ValueError(
+            f'the head of this {type(model).__name__} does not run on feature maps alone: {error}'
+        ) from error
     if not isinstance(logits, Tensor) or logits.ndim not in (2, 4):
-        raise ValueError(f'class activation needs a head that gives logits, got {type(logits).__name__}')
+        raise ValueError(f'the head of this {type(model).__name__} gives no logits, but {type(logits).__name__}')
     if logits.ndim == 2:
         shares, labels = logits[0].softmax(0).topk(min(limit, logits.shape[1]))
         return [

@@ -5,6 +5,7 @@ import itertools
 import sys
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import cv2
 import numpy as np
@@ -386,6 +387,36 @@ def test_class_activation_of_a_segmentor(trained):
     assert all(x.max() > 0 for _, activations in found for x in activations)
 
 
+def test_class_activation_of_other_heads(trained):
+    _, model, sample = load(*trained(SEGMENTOR))
+    with torch.no_grad():
+        logits = model.extract_feat(sample.inputs)[1][:, :1]
+    model.decode_head.forward = lambda maps: maps[1][:, :1]  # one channel for two classes
+    shares = {label: float(((logits > 0) == label).float().mean()) for label in (0, 1)}
+    found = visualize.class_activations(model, sample, ['ground', 'figure'])
+    assert sorted(target.name for target, _ in found) == [f'figure {shares[1]:.0%}', f'ground {shares[0]:.0%}']
+    scores = {target.name.split()[0]: target.score.item() for target, _ in found}
+    assert scores['figure'] == pytest.approx(logits[logits > 0].sum().item(), rel=1e-4)
+    assert scores['ground'] == pytest.approx(-logits[logits <= 0].sum().item(), rel=1e-4)
+    for forward, message in (
+        (lambda maps: (maps,), 'the head of this EncoderDecoder gives no logits, but tuple'),
+        (lambda maps, samples: maps, 'the head of this EncoderDecoder does not run on feature maps alone'),
+    ):
+        model.decode_head.forward = forward
+        with pytest.raises(ValueError, match=message):
+            visualize.class_activations(model, sample, [])
+
+
+def test_detections_without_gradients_are_refused(trained):
+    _, model, sample = load(*trained(DETECTOR))
+    predict = model.predict
+    with (
+        mock.patch.object(model, 'predict', torch.no_grad()(predict)),
+        pytest.raises(ValueError, match='the scores of this CascadeRCNN have no gradients'),
+    ):
+        visualize.class_activations(model, sample, [])
+
+
 def test_history(trained, tmp_path):
     config, checkpoint, _ = trained(DETECTOR)
     content = read_checkpoint(checkpoint)
@@ -437,7 +468,7 @@ def test_tool_on_a_detector(trained, draw, tmp_path):
     assert sorted(out.iterdir()) == sorted(map(Path, lines))
     assert all(cv2.imread(line).std() > 0 for line in lines)
     (line,) = draw(config, checkpoint, image, '--out', out, '--kinds', 'cam', '--score-thr', 1)
-    assert line == f'{image}: no detection with a score of 1.0 or more, so no class activation'
+    assert line == f'{image}: no class activation, since no detection has a score of 1.0 or more'
 
 
 def test_tool_on_several_images_and_points(trained, draw, tmp_path):

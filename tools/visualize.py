@@ -86,11 +86,17 @@ def draw(args: argparse.Namespace) -> Iterator[tuple[str, Figure]]:
                 slots = visualize.attended_slots(backbone, sample.inputs, point, stages)
                 yield f'attention_{stem}_{x:g}-{y:g}', figures.attention_figure(sample, point, slots)
         if 'cam' in kinds:
-            found = visualize.class_activations(model, sample, class_names(meta), args.targets, args.score_thr)
+            found, reason = [], f'no detection has a score of {args.score_thr} or more'
+            try:
+                found = visualize.class_activations(model, sample, class_names(meta), args.targets, args.score_thr)
+            except ValueError as error:
+                if args.kinds:
+                    raise
+                reason = str(error)
             if found:
                 yield f'cam_{stem}', figures.activation_figure(sample, found, stages, backbone.strides)
             else:
-                print(f'{image}: no detection with a score of {args.score_thr} or more, so no class activation')
+                print(f'{image}: no class activation, since {reason}')
     if 'erf' in kinds:
         crops = visualize.centre_crops(images)
         backbones = {type(backbone).__name__: backbone}
