@@ -46,7 +46,7 @@ def feature_figure(sample: Sample, maps: Mapping[int, Tensor], strides: Sequence
         stride = strides[stage]
         _show_image(row[0], sample, f'stage {stage}, stride {stride}')
         component, share = principal_component(feature)
-        panels = {f'{share:.0%} of the variance': component}
+        panels = {f'first component\n{share:.0%} of the variance': component}
         panels |= {
             f'channel {index} of {len(feature)}': feature[index] for index in strongest_channels(feature, channels)
         }
@@ -196,7 +196,7 @@ def receptive_field_figure(
     """Effective receptive fields: a row a backbone, a column a stage, with the squares that hold 50 % and 95 % of each.
 
     Args:
-        fields: see `receptive_fields`, all stages, by the backbone's name.
+        fields: see `receptive_fields`, all stages, by the backbone's name; their sides divide by all strides.
         stages: to draw.
         strides: of all stages.
         images: number of those that were averaged over.

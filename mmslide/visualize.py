@@ -106,8 +106,8 @@ def stage_maps(backbone: Pyramid, inputs: Tensor, normed: bool = False) -> list[
     """The map of each stage, (B, C, H, W), of images (B, C, H, W).
 
     Args:
-        normed: after the stage's norm, as it is put out. Before it, the sum over the channels of a map has a gradient
-            (after a new LayerNorm it is constant), and with stage_norm='output' the next stage depends on it.
+        normed: after the stage's norm, as it is put out. Gradients are taken before it: after a LayerNorm the sum over
+            the channels is nearly constant, and with stage_norm='output' the next stage sees the map before it.
     """
     with _recorded(dict(enumerate(backbone.stages))) as calls:
         backbone(inputs)
@@ -367,7 +367,7 @@ def receptive_fields(maps_of: Callable[[Tensor], Sequence[Tensor]], images: Sequ
 
     Args:
         maps_of: from an image (1, C, H, W) to maps (1, C', H', W'), such as `stage_maps`.
-        images: of one shape.
+        images: of one shape, see `centre_crops`.
 
     Returns:
         For each map (H, W): |∂ Σ_c map[c, H' // 2, W' // 2] / ∂ image|, summed over the image's channels and averaged
@@ -397,9 +397,9 @@ def contribution_side(field: Tensor, centre: tuple[float, float], share: float) 
     return float(2 * distance[nearest[int((held < share * held[-1]).sum())]] + 1)
 
 
-def centre_crops(images: Sequence[Tensor]) -> list[Tensor]:
-    """Images (1, C, H, W) cropped around their middle to the least height and the least width of all."""
-    height, width = (min(x.shape[axis] for x in images) for axis in (2, 3))
+def centre_crops(images: Sequence[Tensor], divisor: int = 1) -> list[Tensor]:
+    """Images (1, C, H, W) cropped around their middle to the least height and width of all that `divisor` divides."""
+    height, width = (min(x.shape[axis] for x in images) // divisor * divisor for axis in (2, 3))
     corners = [((x.shape[2] - height) // 2, (x.shape[3] - width) // 2) for x in images]
     return [x[:, :, top : top + height, left : left + width] for x, (top, left) in zip(images, corners, strict=True)]
 

@@ -280,6 +280,7 @@ def test_images_of_several_sizes_are_cropped_around_their_middle():
     first, second = visualize.centre_crops([small, large])
     assert torch.equal(first, small[..., 2:7])
     assert torch.equal(second, large[:, :, 1:5])
+    assert torch.equal(visualize.centre_crops([small], 4)[0], small[..., :8])
 
 
 @pytest.fixture(scope='module')
@@ -530,6 +531,8 @@ def test_tool_refuses(trained, tmp_path):
     assert error(config, checkpoint, '--stages', 4) == (
         '--stages must be a list of different stages from 0 to 3, got --stages=[4]'
     )
+    for option in ('--channels', '--targets'):
+        assert error(config, checkpoint, option, 0) == f'{option} must be a positive integer, got {option}=0'
     assert error(config, checkpoint, tmp_path / 'none.png') == f'there is no file {tmp_path}/none.png'
     assert error(config, checkpoint, config) == f'{config} is not a readable image'
     (tmp_path / 'kernels.png').write_bytes(image.read_bytes())
@@ -537,7 +540,7 @@ def test_tool_refuses(trained, tmp_path):
     assert error(config, checkpoint, tmp_path / 'kernels.png') == message
     for point in ('0.5,2', '0.5', 'a,b', 'nan,0'):
         with pytest.raises(argparse.ArgumentTypeError, match=f"from 0 to 1, got '{point}'"):
-            tool.fraction(point)
+            tool.parse_point(point)
 
 
 def test_backbones_of_others_are_refused():

@@ -13,7 +13,7 @@ from mmslide.deploy import load_model
 from mmslide.deploy.targets.images import read_image
 from mmslide.files import atomic_write
 from mmslide.messages import INPUT_ERRORS, exit_on
-from mmslide.models.arguments import check_stages
+from mmslide.models.arguments import check_integer, check_stages
 
 KINDS = ('features', 'attention', 'kernels', 'erf', 'cam')
 IMAGE_KINDS = {'features', 'attention', 'erf', 'cam'}
@@ -21,7 +21,7 @@ SLIDE_KINDS = {'attention', 'kernels'}
 NO_SLIDE_ATTENTION = 'the model has no Slide Attention in these stages'
 
 
-def fraction(text: str) -> tuple[float, float]:
+def parse_point(text: str) -> tuple[float, float]:
     try:
         x, y = map(float, text.split(','))
     except ValueError:
@@ -57,6 +57,8 @@ def draw(args: argparse.Namespace) -> Iterator[tuple[str, Figure]]:
     backbone = visualize.find_backbone(model)
     stages = range(len(backbone.stages)) if args.stages is None else args.stages
     check_stages('--stages', stages, len(backbone.stages))
+    check_integer('--channels', args.channels)
+    check_integer('--targets', args.targets)
     prefixes = tuple(f'stages.{stage}.' for stage in stages)
     blocks = [name for name in visualize.slide_attentions(backbone) if name.startswith(prefixes)]
     kinds = chosen_kinds(args, bool(blocks))
@@ -98,7 +100,7 @@ def draw(args: argparse.Namespace) -> Iterator[tuple[str, Figure]]:
             else:
                 print(f'{image}: no class activation, since {reason}')
     if 'erf' in kinds:
-        crops = visualize.centre_crops(images)
+        crops = visualize.centre_crops(images, backbone.strides[-1])
         backbones = {type(backbone).__name__: backbone}
         if blocks:
             weights = 'its own weights' if args.host_checkpoint else 'attention untrained'
@@ -121,7 +123,7 @@ def main() -> None:
     parser.add_argument(
         '--points',
         nargs='+',
-        type=fraction,
+        type=parse_point,
         default=[(0.5, 0.5)],
         metavar='X,Y',
         help='where attention is drawn, as shares of the width and height of the image (default: 0.5,0.5)',
