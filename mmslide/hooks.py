@@ -91,7 +91,8 @@ class SlideKernelHook(Hook):
     """Sends the kernels of every Slide Attention to the visualizer, and so to LocalVisBackend, TensorBoard or W&B.
 
     They are one image, `slide_kernels` (see `mmslide.figures.kernel_figure`), and for each block a scalar,
-    `slide_kernels/NAME`: the distance from the fixed shift (see `mmslide.visualize.shift_distance`).
+    `slide_kernels/NAME`: the distance from the fixed shift (see `mmslide.visualize.shift_distance`). Beside an EMAHook
+    they are those of the model that trains, not of the average.
 
     Args:
         interval: number of iterations from one time to the next; the first is before the training.

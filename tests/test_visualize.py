@@ -474,7 +474,7 @@ def test_tool_on_a_detector(trained, draw, tmp_path):
 
 def test_tool_on_several_images_and_points(trained, draw, tmp_path):
     config, checkpoint, image = trained(DETECTOR)
-    options = ['--kinds', 'attention', '--points', '0.25,0.5', '0,1', '--stages', 2]
+    options = ['--kinds', 'attention', '--points', '0.25,0.5', '0,1', '--stages', 0]
     lines = draw(config, checkpoint, image, image, '--out', tmp_path, *options)
     names = [f'attention_{index}_{image.stem}_{point}.png' for index in (0, 1) for point in ('0.25-0.5', '0-1')]
     assert [Path(line).name for line in lines] == names
