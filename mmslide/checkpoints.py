@@ -143,6 +143,12 @@ def meta_of(content: Any) -> dict[str, Any]:
     return meta if isinstance(meta, dict) else {}
 
 
+def class_names(meta: Mapping[str, Any]) -> list[str]:
+    """Of the data set that a checkpoint was trained on, by its meta data; [] if it does not name them."""
+    dataset_meta = meta.get('dataset_meta') or {}
+    return list(dataset_meta.get('classes') or dataset_meta.get('CLASSES') or ())
+
+
 def save_checkpoint(content: Any, file: Path) -> None:
     """`torch.save`.
 

@@ -8,7 +8,7 @@ import posixpath
 import re
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
 from typing import Any
@@ -142,6 +142,20 @@ def unwrapped(dataset: Any) -> Iterator[dict]:
             yield dataset
 
 
+def find_test_pipeline(config: Config) -> Sequence[Mapping[str, Any]]:
+    """The transforms of the test data set, inside its wrappers; () if there are none."""
+    dataset = (config.get('test_dataloader') or {}).get('dataset') or {}
+    while 'pipeline' not in dataset and isinstance(dataset.get('dataset'), Mapping):  # wrapped
+        dataset = dataset['dataset']
+    return dataset.get('pipeline') or config.get('test_pipeline') or ()
+
+
+def transform_name(step: Mapping[str, Any]) -> str:
+    """The type of a pipeline's transform, a string or a class, without its scope."""
+    given = step.get('type')
+    return given.rpartition('.')[2] if isinstance(given, str) else getattr(given, '__name__', '')
+
+
 def data_prefixes(dataset: dict) -> list[Any]:
     """A data set's folders: `data_prefix` of any form, or else the `split` of mmpretrain's ImageNet."""
     prefixes = dataset.get('data_prefix') or dataset.get('split')
@@ -253,8 +267,7 @@ class DatasetCheck:
 
     def _transforms(self, name: str) -> list[dict]:
         """The pipeline's transforms of a type, whether that is written as a string or as a class."""
-        pipeline = list(dicts(self.options.get('pipeline')))
-        return [x for x in pipeline if getattr(x.get('type'), '__name__', str(x.get('type'))).split('.')[-1] == name]
+        return [step for step in dicts(self.options.get('pipeline')) if transform_name(step) == name]
 
     def _wrong_num_classes(self) -> Iterator[Exception]:
         if getattr(self.dataset, 'return_classes', False):

@@ -3,12 +3,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mmengine.dist import is_main_process
 from mmengine.hooks import CheckpointHook, Hook
+from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 
 from mmslide.checkpoints import non_finite
 from mmslide.messages import listed
 from mmslide.registry import HOOKS
+from mmslide.visualize import merged_kernels, shift_distance
 
 
 @HOOKS.register_module()
@@ -81,3 +84,42 @@ class CheckNonFiniteHook(Hook):
         if path and Path(path).exists():
             return f'The last checkpoint with finite weights is {path}.'
         return 'No checkpoint has been saved yet.'
+
+
+@HOOKS.register_module()
+class SlideKernelHook(Hook):
+    """Sends the kernels of every Slide Attention to the visualizer, and so to LocalVisBackend, TensorBoard or W&B.
+
+    They are one image, `slide_kernels` (see `mmslide.figures.kernel_figure`), and for each block a scalar,
+    `slide_kernels/NAME`: the distance from the fixed shift (see `mmslide.visualize.shift_distance`). Beside an EMAHook
+    they are those of the model that trains, not of the average.
+
+    Args:
+        interval: number of iterations from one time to the next; the first is before the training.
+
+    Raises:
+        ValueError: interval is not positive; or, when the training starts, the model has no Slide Attention.
+    """
+
+    def __init__(self, interval: int = 1000) -> None:
+        if interval < 1:
+            raise ValueError(f'interval must be a positive number of iterations, got {interval=}')
+        self.interval = interval
+
+    def before_train(self, runner: Runner) -> None:
+        self._send(runner, runner.iter)
+
+    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        if self.every_n_train_iters(runner, self.interval):
+            self._send(runner, runner.iter + 1)
+
+    @staticmethod
+    def _send(runner: Runner, step: int) -> None:
+        kernels = merged_kernels(runner.model.module if is_model_wrapper(runner.model) else runner.model)
+        if not is_main_process():
+            return
+        from mmslide.figures import kernel_figure, to_pixels  # imports matplotlib
+
+        runner.visualizer.add_image('slide_kernels', to_pixels(kernel_figure(kernels)), step)
+        distances = {f'slide_kernels/{name}': shift_distance(weight) for name, weight in kernels.items()}
+        runner.visualizer.add_scalars(distances, step)

@@ -1,16 +1,23 @@
+import json
 import logging
 
+import cv2
+import numpy as np
 import pytest
 import torch
-from mmengine.hooks import CheckpointHook
-from mmengine.model import BaseModel
+from mmengine.hooks import CheckpointHook, Hook
+from mmengine.model import BaseModel, MMDistributedDataParallel
 from mmengine.optim import OptimWrapper
 from mmengine.registry import HOOKS, DefaultScope
 from mmengine.runner import Runner
-from torch import nn
+from torch import distributed, nn
 
 from mmslide.checkpoints import read_checkpoint
-from mmslide.hooks import CheckNonFiniteHook
+from mmslide.figures import kernel_figure, to_pixels
+from mmslide.hooks import CheckNonFiniteHook, SlideKernelHook
+from mmslide.models import SlidePVT
+from mmslide.models.attention import SlideAttention
+from mmslide.visualize import shift_distance
 
 
 class Model(BaseModel):
@@ -106,3 +113,104 @@ def test_before_the_first_checkpoint(train, tmp_path):
     with pytest.raises(FloatingPointError, match='No checkpoint has been saved yet'):
         train(Model(losses=(1,)), patience=1)
     assert saved(tmp_path) == []
+
+
+class SlideModel(BaseModel):
+    def __init__(self, slide_stages=(0,)):
+        super().__init__()
+        arch = dict(embed_dims=8, depths=(1, 1), num_heads=(1, 2), mlp_ratios=2, sr_ratios=(8, 4))
+        self.backbone = SlidePVT(arch, out_indices=(1,), slide_stages=slide_stages)
+
+    def forward(self, inputs, data_samples=None, mode='loss'):
+        (feature,) = self.backbone(torch.stack(inputs))
+        return dict(loss=feature.std()) if mode == 'loss' else []
+
+
+@pytest.fixture
+def train_slide(tmp_path):
+    """Four iterations; the model's kernels at each of them and the runner."""
+
+    def train_slide(model, interval=2, **options):
+        plain = model.module if hasattr(model, 'module') else model
+        modules = {name: x for name, x in plain.named_modules() if isinstance(x, SlideAttention)}
+        kernels = []
+
+        class Recorder(Hook):
+            def before_train(self, *args, **kwargs):
+                kernels.append({name: module.kernels()[0].detach() for name, module in modules.items()})
+
+            after_train_iter = before_train
+
+        hooks = [dict(type='mmslide.SlideKernelHook', interval=interval), *options.pop('custom_hooks', [])]
+        runner = Runner(
+            model,
+            str(tmp_path),
+            train_dataloader=dict(
+                dataset=[dict(inputs=torch.randn(3, 32, 32)) for _ in range(2)],
+                batch_size=1,
+                sampler=dict(type='InfiniteSampler'),
+                collate_fn=dict(type='pseudo_collate'),
+            ),
+            train_cfg=dict(by_epoch=False, max_iters=4),
+            optim_wrapper=OptimWrapper(torch.optim.SGD(model.parameters(), lr=1.0)),
+            default_hooks=dict(checkpoint=None),
+            custom_hooks=[*hooks, Recorder()],
+            visualizer=dict(type='Visualizer', vis_backends=[dict(type='LocalVisBackend')], name=f'v{id(model)}'),
+            experiment_name=f'{id(model)}',
+            log_level=logging.ERROR,
+            **options,
+        )
+        runner.train()
+        return kernels
+
+    return train_slide
+
+
+def sent(folder):
+    """The images that were sent, by step, and the scalars, by name and step."""
+    images = {int(path.stem.split('_')[-1]): cv2.imread(str(path))[..., ::-1] for path in folder.rglob('slide_*.png')}
+    scalars = {}
+    for path in folder.rglob('scalars.json'):
+        for line in map(json.loads, path.read_text().splitlines()):
+            scalars.update({(name, line['step']): value for name, value in line.items() if 'slide_kernels' in name})
+    return images, scalars
+
+
+def assert_sent(kernels, folder, steps):
+    images, scalars = sent(folder)
+    assert sorted(images) == steps
+    assert np.array_equal(images[steps[-1]], to_pixels(kernel_figure(kernels[steps[-1]])))
+    assert not np.array_equal(images[steps[-1]], images[0])
+    name = 'backbone.stages.0.blocks.0.attn'
+    expected = {(f'slide_kernels/{name}', step): shift_distance(kernels[step][name]) for step in steps}
+    assert scalars == pytest.approx(expected)
+    assert sorted(scalars.values()) == list(scalars.values())
+    assert scalars[f'slide_kernels/{name}', 0] == 0 < scalars[f'slide_kernels/{name}', steps[-1]]
+
+
+def test_kernels_are_sent_to_the_visualizer(train_slide, tmp_path):
+    kernels = train_slide(SlideModel())
+    assert_sent(kernels, tmp_path, [0, 2, 4])
+
+
+def test_kernels_of_a_wrapped_model_beside_an_average(train_slide, tmp_path):
+    distributed.init_process_group('gloo', store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        kernels = train_slide(MMDistributedDataParallel(SlideModel()), interval=3, custom_hooks=[dict(type='EMAHook')])
+    finally:
+        distributed.destroy_process_group()
+    assert_sent(kernels, tmp_path, [0, 3])
+
+
+def test_the_first_process_alone_sends(train_slide, tmp_path, monkeypatch):
+    monkeypatch.setattr('mmslide.hooks.is_main_process', lambda: False)
+    train_slide(SlideModel())
+    assert sent(tmp_path) == ({}, {})
+
+
+def test_a_model_without_kernels_does_not_start(train_slide):
+    message = 'this SlideModel has no Slide Attention: slide_stages of its backbone is empty'
+    with pytest.raises(ValueError, match=message):
+        train_slide(SlideModel(slide_stages=()))
+    with pytest.raises(ValueError, match='interval must be a positive number of iterations, got interval=0'):
+        SlideKernelHook(interval=0)

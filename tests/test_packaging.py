@@ -83,7 +83,7 @@ def train(python, data, folder, config):
 
 
 def test_wheel(checkout, python, data, tmp_path):
-    """Train, test, count, check, search and download."""
+    """Train, test, draw, count, check, search and download."""
     wheels, folder = tmp_path / 'wheels', tmp_path / 'folder'
     build = ['-m', 'pip', 'wheel', '--no-build-isolation', '--no-deps', '--no-index', '-w', wheels, '.']
     run(sys.executable, *build, cwd=checkout)
@@ -109,6 +109,8 @@ def test_wheel(checkout, python, data, tmp_path):
     prediction = [mine, 'work/epoch_1.pth', data / 'val2017', '--out', 'found']
     assert 'found is written' in run(*mim, 'run', 'mmslide', 'predict', *prediction, cwd=folder)
     assert len(list((folder / 'found/drawn').iterdir())) == 2
+    visualize = [*mim, 'run', 'mmslide', 'visualize', test_config, 'work/epoch_1.pth']
+    assert 'drawn/kernels.png' in run(*visualize, '--out', 'drawn', '--stages', 0, cwd=folder)
     zoo_config = installed / 'configs/slide_pvt' / ZOO_CONFIG
     assert 'multiply-adds' in run(*mim, 'run', 'mmslide', 'get_flops', zoo_config, '--shape', 64, 64, cwd=folder)
     assert 'Slide Attention on cpu' in run(*mim, 'run', 'mmslide', 'doctor', '--json', cwd=folder)

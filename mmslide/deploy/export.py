@@ -9,6 +9,8 @@ import torch
 from mmengine.config import Config
 from torch import Tensor
 
+from mmslide.checkpoints import class_names
+from mmslide.data import find_test_pipeline, transform_name
 from mmslide.files import atomic_write, find_config
 
 from .checkpoint import load_model
@@ -145,7 +147,6 @@ def metadata(
         ValueError: the model takes other than 3 channels.
     """
     values = cfg.model.get('data_preprocessor') or {}
-    dataset_meta = meta.get('dataset_meta') or {}
     channels = {np.size(values.get(key) or 0.0) for key in ('mean', 'std')}
     if not channels <= {1, 3}:
         raise ValueError(f'only models of 3 channels can be exported, got a mean or std of {max(channels)}')
@@ -162,7 +163,7 @@ def metadata(
         # mmseg's own size_divisor is for training.
         'pad_divisor': values.get('pad_size_divisor') or (values.get('test_cfg') or {}).get('size_divisor') or 1,
         **resizing(cfg),
-        'classes': list(dataset_meta.get('classes') or dataset_meta.get('CLASSES') or ()),
+        'classes': class_names(meta),
     }
 
 
@@ -171,7 +172,7 @@ def resizing(cfg: Config) -> dict[str, Any]:
 
     'crop' or 'stretch' before a CenterCrop, 'stretch' for a Resize that does not keep proportions, else 'fit'.
     """
-    steps = {_type_name(step): step for step in _test_pipeline(cfg)}
+    steps = {transform_name(step): step for step in find_test_pipeline(cfg)}
     resize = steps.get('Resize')
     stretched = resize is not None and not resize.get('keep_ratio', False)
     if 'CenterCrop' not in steps:
@@ -179,19 +180,6 @@ def resizing(cfg: Config) -> dict[str, Any]:
     before = [steps[name]['scale'] for name in ('Resize', 'ResizeEdge') if 'scale' in steps.get(name, ())]
     ratio = np.min(before[-1]) / np.min(steps['CenterCrop']['crop_size']) if before else 1.0
     return {'resize': 'stretch' if stretched else 'crop', 'resize_ratio': float(ratio)}
-
-
-def _test_pipeline(cfg: Config) -> Sequence[Mapping[str, Any]]:
-    dataset = (cfg.get('test_dataloader') or {}).get('dataset') or {}
-    while 'pipeline' not in dataset and isinstance(dataset.get('dataset'), Mapping):  # wrapped
-        dataset = dataset['dataset']
-    return dataset.get('pipeline') or cfg.get('test_pipeline') or ()
-
-
-def _type_name(step: Mapping[str, Any]) -> str:
-    """Without its scope."""
-    given = step.get('type')
-    return given.rpartition('.')[2] if isinstance(given, str) else getattr(given, '__name__', '')
 
 
 def calibration_files(folder: str | Path | None) -> Sequence[Path]:

@@ -1,7 +1,9 @@
 """What every backbone here does the same way, written once."""
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
+from itertools import accumulate
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -201,13 +203,18 @@ class Pyramid(BaseModule):
         norm = build_norm_layer(self.norm_cfg, dims[stage])[1] if normed else nn.Identity()
         return self.build_stage(embed, blocks, norm, dims[stage])
 
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Of each stage's map: the side of its pixels, in pixels of the image."""
+        return tuple(accumulate((stage.embed.stride for stage in self.stages), operator.mul))
+
     def _min_size(self) -> int:
         """Of an image: in each stage the map must have a pixel, and what the mixers need."""
-        stride, sizes = 1, []
-        for stage in self.stages:
-            stride *= stage.embed.stride
-            sizes += [stride * getattr(block.attn, 'min_size', 1) for block in stage.blocks]
-        return max(sizes)
+        return max(
+            stride * getattr(block.attn, 'min_size', 1)
+            for stride, stage in zip(self.strides, self.stages, strict=True)
+            for block in stage.blocks
+        )
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         if x.shape[-2] < self.min_size or x.shape[-1] < self.min_size:  # min() would compare the two under export

@@ -19,13 +19,17 @@ def reference(
 
     See `mmslide.ops.slide_attention` for shapes.
     """
-    keys = deformed_shift(k, weight, bias) + rpb.unsqueeze(1)  # (B, H, W, heads, d, k²)
-    values = deformed_shift(v, weight, bias)
-    logits = scale * torch.einsum('bhwnc,bhwncj->bhwnj', q, keys)
-    attention = logits.softmax(dim=-1)
+    attention = attention_weights(q, k, weight, bias, rpb, scale)
     if dropout_mask is not None:
         attention = attention * dropout_mask
-    return torch.einsum('bhwnj,bhwncj->bhwnc', attention, values)
+    return torch.einsum('bhwnj,bhwncj->bhwnc', attention, deformed_shift(v, weight, bias))
+
+
+def attention_weights(q: Tensor, k: Tensor, weight: Tensor, bias: Tensor, rpb: Tensor, scale: float) -> Tensor:
+    """The share of each slot in each pixel's output: (B, H, W, heads, k²), with sum 1 over the slots."""
+    keys = deformed_shift(k, weight, bias) + rpb.unsqueeze(1)  # (B, H, W, heads, d, k²)
+    logits = scale * torch.einsum('bhwnc,bhwncj->bhwnj', q, keys)
+    return logits.softmax(dim=-1)
 
 
 def deformed_shift(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

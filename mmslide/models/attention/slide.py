@@ -9,7 +9,7 @@ from typing_extensions import Self
 
 from mmslide.models.arguments import check_integer
 from mmslide.models.plain import is_plain
-from mmslide.ops import check_backend, fixed_shift, merge_paths, slide_attention
+from mmslide.ops import attention_weights, check_backend, fixed_shift, merge_paths, slide_attention
 from mmslide.weights.layouts import fuse_slide_attention
 
 from .base import Attention
@@ -76,6 +76,13 @@ class SlideAttention(Attention):
         rpb = self.relative_position_bias.to(weight.dtype)
         dropout_p = self.attn_drop_rate if self.training else 0.0
         return slide_attention(q, k, v, weight, bias, rpb, dropout_p=dropout_p, backend=self.backend)
+
+    def attention_weights(self, x: Tensor) -> Tensor:
+        """The share of each slot in each pixel's output, (B, H, W, heads, k²), without dropout."""
+        weight, bias = self.kernels()
+        q, k, _ = (y.unflatten(-1, (self.num_heads, -1)).to(weight.dtype) for y in self._project(x))
+        rpb = self.relative_position_bias.to(weight.dtype)
+        return attention_weights(q, k, weight, bias, rpb, q.shape[-1] ** -0.5)
 
     def kernels(self) -> tuple[Tensor, Tensor]:
         """The merged kernels (d, k², k, k) and their bias (d, k²), float32 at least."""

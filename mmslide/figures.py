@@ -1,0 +1,273 @@
+"""Figures of what `mmslide.visualize` computes. Without pyplot, so that a user's own figures are left alone."""
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LogNorm, Normalize
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from torch import Tensor
+
+from mmslide.ops import fixed_shift
+from mmslide.visualize import (
+    AttendedSlots,
+    Sample,
+    Target,
+    contribution_side,
+    deformed_part,
+    principal_component,
+    shift_distance,
+    slot_offsets,
+    strongest_channels,
+    tiled,
+)
+
+PANEL = 2.4  # inches
+SIGNED, POSITIVE = 'RdBu_r', 'viridis'
+SHARES = {0.5: 'solid', 0.95: 'dashed'}  # of a receptive field, that are outlined
+FAINTEST = 1e-4  # of a receptive field, relative to its maximum
+TINY = 1e-12
+
+
+def feature_figure(sample: Sample, maps: Mapping[int, Tensor], strides: Sequence[int], channels: int = 3) -> Figure:
+    """A row a stage: the image, the first principal component of the map, its channels with the largest variance.
+
+    Args:
+        maps: (C, H, W) by stage.
+        strides: of all stages.
+    """
+    figure, axes = _panels(
+        'Feature maps: first principal component, channels with the largest variance', len(maps), channels + 2
+    )
+    for row, (stage, feature) in zip(axes, maps.items(), strict=True):
+        stride = strides[stage]
+        _show_image(row[0], sample, f'stage {stage}, stride {stride}')
+        component, share = principal_component(feature)
+        panels = {f'first component\n{share:.0%} of the variance': component}
+        panels |= {
+            f'channel {index} of {len(feature)}': feature[index] for index in strongest_channels(feature, channels)
+        }
+        for ax, (title, values) in zip(row[1:], panels.items(), strict=False):
+            _show(ax, values, title, SIGNED, _symmetric(values), extent=_extent(values, stride))
+            _crop(ax, sample)
+    return figure
+
+
+def attention_figure(sample: Sample, point: tuple[float, float], slots: Sequence[AttendedSlots]) -> Figure:
+    """The slots that the pixel under a point attends to, over the image around it: a row a block, a column a head.
+
+    A dot is where the merged kernels read, its colour and area the attention weight; a cross where the fixed shift
+    would read.
+    """
+    x, y = point
+    title = f'Slide Attention of the pixel at x = {x:.0f}, y = {y:.0f} (× fixed shift, ● merged kernels)'
+    figure, axes = _panels(title, len(slots), max(len(block.weights) for block in slots) + 1)
+    scale = Normalize(0, max(float(block.weights.max()) for block in slots))
+    dots: Any = None
+    for row, block in zip(axes, slots, strict=True):
+        centre = block.shifted.mean(0)
+        half = float((block.shifted - centre).abs().max()) + block.stride
+        (left, top), (right, bottom) = (centre - half).tolist(), (centre + half).tolist()
+        _show_image(row[0], sample, f'{block.name}\nstride {block.stride}')
+        row[0].add_patch(Rectangle((left, top), 2 * half, 2 * half, fill=False, color='red'))
+        for head, (ax, weights) in enumerate(zip(row[1:], block.weights, strict=False)):
+            _show_image(ax, sample, f'head {head}')
+            ax.set(xlim=(left, right), ylim=(bottom, top))
+            ax.plot(
+                *block.shifted.T.numpy(), 'X', color='white', markeredgecolor='black', markersize=5, markeredgewidth=0.5
+            )
+            places, weights = block.places.T.numpy(), weights.numpy()
+            dots = ax.scatter(*places, s=600 * weights, c=weights, norm=scale, cmap='plasma', alpha=0.8)
+    figure.colorbar(dots, ax=axes, label='attention weight', shrink=0.6)
+    return figure
+
+
+def kernel_figure(kernels: Mapping[str, Tensor]) -> Figure:
+    """A row a block: the fixed and the deformed part of its merged kernels, their sum, and where each slot reads.
+
+    Kernels are drawn as k×k tiles, one a slot, each with k×k taps.
+
+    Args:
+        kernels: (d, k², k, k) by the block's name, see `merged_kernels`.
+    """
+    figure, axes = _panels('Slide Attention: one tile a slot, its k×k taps inside', len(kernels), 5)
+    for row, (name, weight) in zip(axes, kernels.items(), strict=True):
+        deformed, size = deformed_part(weight), weight.shape[-1]
+        mean, spread, merged = deformed.mean(0), deformed.square().mean(0).sqrt(), weight.mean(0)
+        panels = [
+            (f'{name}\nfixed shift', fixed_shift(size), POSITIVE, (0.0, 1.0)),
+            ('deformed, mean of channels', mean, SIGNED, _symmetric(mean)),
+            ('deformed, RMS of channels', spread, POSITIVE, (0.0, max(float(spread.max()), TINY))),
+            (f'sum, mean of channels\ndistance {shift_distance(weight):.3f}', merged, SIGNED, _symmetric(merged)),
+        ]
+        for ax, (title, part, colours, limits) in zip(row, panels, strict=False):
+            _show(ax, tiled(part), title, colours, limits)
+            edges = np.arange(size - 0.5, size**2 - 1, size)
+            ax.vlines(edges, -0.5, size**2 - 0.5, 'grey', linewidth=0.8)
+            ax.hlines(edges, -0.5, size**2 - 0.5, 'grey', linewidth=0.8)
+        _show_offsets(row[4], weight)
+    return figure
+
+
+def _show_offsets(ax: Any, weight: Tensor) -> None:
+    """Lines from where the fixed shift reads to where merged kernels (d, k², k, k) do, in pixels of the map."""
+    reach = weight.shape[-1] / 2 + 0.2
+    shifted, places = slot_offsets(fixed_shift(weight.shape[-1])[None]), slot_offsets(weight)
+    for (x, y), (to_x, to_y) in zip(shifted.tolist(), places.tolist(), strict=True):
+        ax.plot([x, to_x], [y, to_y], color='grey')
+    ax.plot(*shifted.T.numpy(), 'x', color='black', markersize=5)
+    ax.plot(*places.T.numpy(), 'o', color='red', markersize=4)
+    ax.set_axis_on()
+    ax.set(xlim=(-reach, reach), ylim=(reach, -reach), aspect='equal')
+    ax.set_title('where slots read', fontsize='small')
+
+
+def history_figure(
+    labels: Sequence[str], distances: Mapping[str, Sequence[float]], iterations: Sequence[int] | None = None
+) -> Figure:
+    """`shift_distance` of every block's kernels, checkpoint by checkpoint.
+
+    Args:
+        labels: of the checkpoints.
+        distances: one a checkpoint, by the block's name.
+        iterations: of the checkpoints; None spaces them evenly, under their labels.
+    """
+    figure = Figure(figsize=(4 * PANEL, 2 * PANEL), layout='constrained')
+    ax = figure.subplots()
+    for name, values in distances.items():
+        ax.plot(range(len(labels)) if iterations is None else iterations, values, marker='o', label=name)
+    if iterations is None:
+        ax.set_xticks(range(len(labels)), labels, rotation=30, ha='right')
+    ax.set(
+        title='Distance of the kernels from the fixed shift',
+        xlabel='checkpoint' if iterations is None else 'iteration',
+        ylabel='‖deformed part‖ / ‖shift‖',
+    )
+    ax.set_ylim(0, 1.05 * max(TINY, *(value for values in distances.values() for value in values)))
+    figure.legend(loc='outside right upper', fontsize='small')
+    return figure
+
+
+def activation_figure(
+    sample: Sample,
+    found: Sequence[tuple[Target, Sequence[Tensor]]],
+    stages: Sequence[int],
+    strides: Sequence[int],
+) -> Figure:
+    """Class activation over the image: a row a target, a column a stage, each relative to its own maximum.
+
+    Args:
+        found: see `class_activations`; all stages.
+        stages: to draw.
+        strides: of all stages.
+    """
+    figure, axes = _panels('Class activation (HiResCAM)', len(found), len(stages) + 1)
+    overlay: Any = None
+    for row, (target, activations) in zip(axes, found, strict=True):
+        _show_image(row[0], sample, target.name)
+        for ax, stage in zip(row[1:], stages, strict=True):
+            _show_image(ax, sample, f'stage {stage}')
+            values = activations[stage]
+            relative = (values / values.max().clamp(min=TINY)).numpy()
+            overlay = ax.imshow(
+                relative,
+                cmap='inferno',
+                vmin=0,
+                vmax=1,
+                alpha=0.3 + 0.5 * relative,
+                extent=_extent(values, strides[stage]),
+                interpolation='bilinear',
+            )
+            _crop(ax, sample)
+        if target.box is not None:
+            left, top, right, bottom = target.box.tolist()
+            for ax in row:
+                ax.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, color='lime'))
+    figure.colorbar(overlay, ax=axes, label='relative to the maximum', shrink=0.6)
+    return figure
+
+
+def receptive_field_figure(
+    fields: Mapping[str, Sequence[Tensor]], stages: Sequence[int], strides: Sequence[int], images: int
+) -> Figure:
+    """Effective receptive fields: a row a backbone, a column a stage, with the squares that hold 50 % and 95 % of each.
+
+    Args:
+        fields: see `receptive_fields`, all stages, by the backbone's name; their sides divide by all strides.
+        stages: to draw.
+        strides: of all stages.
+        images: number of those that were averaged over.
+    """
+    title = f'Effective receptive field, mean of {images} image{"s" * (images > 1)} (squares: 50 % and 95 %)'
+    figure, axes = _panels(title, len(fields), len(stages))
+    shown: Any = None
+    for row, (name, each) in zip(axes, fields.items(), strict=True):
+        for ax, stage in zip(row, stages, strict=True):
+            field, stride = each[stage], strides[stage]
+            relative = (field / field.max().clamp(min=TINY)).clamp(min=FAINTEST).numpy()
+            ax.set_axis_on()
+            shown = ax.imshow(relative, cmap='magma', norm=LogNorm(FAINTEST, 1), extent=_extent(field, 1))
+            # The centre of the map's middle pixel.
+            height, width = field.shape
+            x, y = ((side // stride // 2 + 0.5) * stride for side in (width, height))
+            sides = {share: contribution_side(field, (x, y), share) for share in SHARES}
+            for share, side in sides.items():
+                corner = x - side / 2, y - side / 2
+                ax.add_patch(Rectangle(corner, side, side, fill=False, color='cyan', linestyle=SHARES[share]))
+            ax.set(xlim=(0, width), ylim=(height, 0))
+            widths = ', '.join(f'{share:.0%}: {side:.0f} px' for share, side in sides.items())
+            ax.set_title(f'stage {stage}\n{widths}', fontsize='small')
+        row[0].set_ylabel(name)
+    figure.colorbar(shown, ax=axes, label='gradient, relative to its maximum', shrink=0.6)
+    return figure
+
+
+def to_pixels(figure: Figure) -> np.ndarray:
+    """A figure as (H, W, 3), RGB, uint8."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def _panels(title: str, rows: int, columns: int) -> tuple[Figure, np.ndarray]:
+    """Axes (rows, columns), all of them invisible until something is drawn."""
+    figure = Figure(figsize=(PANEL * columns, PANEL * rows + 0.6), layout='constrained')
+    figure.suptitle(textwrap.fill(title, 30 * columns))
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for ax in axes.flat:
+        ax.set_axis_off()
+    return figure, axes
+
+
+def _show_image(ax: Any, sample: Sample, title: str) -> None:
+    ax.imshow(sample.pixels, extent=_extent(sample.pixels, 1))
+    ax.set_title(title, fontsize='small')
+
+
+def _show(ax: Any, values: Tensor, title: str, colours: str, limits: tuple[float, float], **options: Any) -> None:
+    """A map (H, W) with its colour scale."""
+    low, high = limits
+    shown = ax.imshow(values.float().cpu().numpy(), cmap=colours, vmin=low, vmax=high, **options)
+    ax.set_title(title, fontsize='small')
+    ax.figure.colorbar(shown, ax=ax, shrink=0.7)
+
+
+def _crop(ax: Any, sample: Sample) -> None:
+    """Shows the part of a map that is over the image, without its padding."""
+    height, width = sample.pixels.shape[:2]
+    ax.set(xlim=(0, width), ylim=(height, 0))
+
+
+def _extent(values: Any, stride: int) -> tuple[float, float, float, float]:
+    """Left, right, bottom and top of a map (H, W, ...) in pixels of the image."""
+    height, width = values.shape[:2]
+    return 0, width * stride, height * stride, 0
+
+
+def _symmetric(values: Tensor) -> tuple[float, float]:
+    """Limits of a colour scale whose middle is 0."""
+    extreme = max(float(values.abs().max()), TINY)
+    return -extreme, extreme
