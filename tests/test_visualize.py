@@ -11,8 +11,9 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from helpers import TOOLS, randomize, relative_error, tool_error
+from helpers import BACKBONES, TOOLS, randomize, relative_error, tool_error
 from mmengine.config import Config
+from mmengine.registry import MODELS
 from torch import nn
 
 from mmslide import figures, visualize
@@ -199,6 +200,21 @@ def test_feature_maps(stage_norm):
         for ax in row[1:]:
             assert ax.images[0].get_extent() == [0, 96, 64, 0]
             assert (*ax.get_xlim(), *ax.get_ylim()) == (0, 90, 60, 0)
+
+
+@pytest.mark.parametrize('name', BACKBONES)
+def test_every_backbone(name):
+    model = randomize(MODELS.build(BACKBONES[name])).eval()
+    image = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        outs = model(image)
+    for feature, out, stride in zip(visualize.feature_maps(model, image), outs, model.strides, strict=True):
+        assert torch.equal(feature, out[0])
+        assert feature.shape[1:] == (64 // stride, 96 // stride)
+    slots = visualize.attended_slots(model, image, (10, 50), range(4))
+    assert [x.name for x in slots] == list(visualize.slide_attentions(model))
+    fields = visualize.receptive_fields(partial(visualize.stage_maps, model), [image])
+    assert all(field.isfinite().all() and field.max() > 0 for field in fields)
 
 
 def test_principal_component_and_strongest_channels():
@@ -497,6 +513,7 @@ def test_tool_on_other_tasks_and_hosts(path, trained, draw, tmp_path):
     ]
 
 
+@pytest.mark.exhaustive
 def test_tool_on_a_fused_model(trained, draw, tmp_path):
     config, checkpoint, image = trained(SEGMENTOR)
     fuse_checkpoint(config, checkpoint, tmp_path / 'fused.pth')
