@@ -224,7 +224,7 @@ def test_data_that_fits(tmp_path):
 @pytest.mark.parametrize(
     ('fault', 'message'),
     [
-        ('folder', r'val, which val_dataloader reads, does not exist\. docs/datasets\.md'),
+        ('folder', r'val, which val_dataloader reads, does not exist\. docs/train\.md'),
         ('class', r'train must have a folder for each of the 3 classes, but has 4 \(car, disk, rectangle, '),
         ('images', r'train has no image: none of its files ends in .*\.jpeg, \.jpg, \.pgm, \.png'),
         ('damaged', r'disk\.png cannot be read .*replace it or remove it'),
