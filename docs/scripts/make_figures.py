@@ -30,13 +30,15 @@ def draw_kernels() -> None:
     """The kernels of all slots, on the three paths."""
     titles = ('fixed shift: slot j picks neighbor j', '+  deformed shift: learned', '=  fused: what runs at inference')
     figure = plt.figure(figsize=(10, 3.6), layout='constrained')
-    for part, kernels, title in zip(figure.subfigures(1, 3), example_kernels(), titles, strict=True):
+    parts = figure.subfigures(1, 3, width_ratios=(1, 1, 1.2))
+    for part, kernels, title in zip(parts, example_kernels(), titles, strict=True):
         part.suptitle(title, fontsize=11)
-        for slot, (ax, kernel) in enumerate(zip(part.subplots(3, 3).flat, kernels, strict=True)):
+        axes = part.subplots(KERNEL_SIZE, KERNEL_SIZE)
+        for slot, (ax, kernel) in enumerate(zip(axes.flat, kernels, strict=True)):
             image = ax.imshow(kernel, **WEIGHTS)
             ax.set(xticks=[], yticks=[])
             ax.set_xlabel(f'j = {slot}', fontsize=8, labelpad=2)
-    figure.colorbar(image, ax=figure.axes, shrink=0.7, label='weight')
+    part.colorbar(image, ax=axes, shrink=0.8, label='weight')
     figure.savefig(IMAGES / 'kernels.png', dpi=DPI)
 
 
@@ -78,7 +80,9 @@ def draw_attention(ax: Axes) -> None:
         'out': (0.52, 0.06, 'out = Σⱼ aⱼ · Vⱼ'),
     }
     artists = {
-        name: ax.text(x, y, text, ha='center', va='center', fontsize=9, bbox=dict(boxstyle='round', fc='white', ec='0.4'))
+        name: ax.text(
+            x, y, text, ha='center', va='center', fontsize=9, bbox=dict(boxstyle='round', fc='white', ec='0.4')
+        )
         for name, (x, y, text) in boxes.items()
     }
     for start, end in (('k', 'K'), ('v', 'V'), ('q', 'a'), ('K', 'a'), ('a', 'out'), ('V', 'out')):

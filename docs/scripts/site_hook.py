@@ -14,7 +14,12 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[2]
-PAGES = ['README.md', 'CONTRIBUTING.md', 'CHANGELOG.md', *(f'configs/{x.parent.name}/README.md' for x in ROOT.glob('configs/*/README.md'))]
+PAGES = [
+    'README.md',
+    'CONTRIBUTING.md',
+    'CHANGELOG.md',
+    *(f'configs/{x.parent.name}/README.md' for x in ROOT.glob('configs/*/README.md')),
+]
 # The address of [text](address#anchor) and <img src="address">, unless it is a URL or an anchor alone.
 LINK = re.compile(r'(?<=\]\()(?!\w+:|#)[^)#\s]+|(?<=src=")(?!\w+:)[^"]+')
 

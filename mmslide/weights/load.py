@@ -34,20 +34,21 @@ def is_pretrained(init_cfg: Mapping[str, Any]) -> bool:
 def load_pretrained(
     model: nn.Module, checkpoint: str | Path, prefix: str | None = None, map_location: Any = 'cpu'
 ) -> None:
-    """Starts a backbone from a checkpoint of any layout in `mmslide.weights.layouts`.
+    """Loads a checkpoint of any layout in `mmslide.weights.layouts` into a backbone.
 
     Position embeddings and relative position bias tables are resized; for a model with deploy=True the two paths of
-    Slide Attention are merged. What was missing, unexpected or resized is logged as one table.
+    Slide Attention are merged. Missing, unexpected and resized keys are logged as one table.
 
     Args:
-        model: one of our backbones.
-        checkpoint: a file or URL, see `mmslide.checkpoints.read_state_dict`; its keys may begin with 'backbone.'.
-        prefix: takes only the keys that begin with it. None finds 'backbone.' by itself.
+        model: a backbone of this package.
+        checkpoint: file or URL, see `read_state_dict`; its keys may begin with 'backbone.'.
+        prefix: load only keys that begin with it. None detects 'backbone.'.
+        map_location: as in `torch.load`.
 
     Raises:
         OSError, ImportError: the file cannot be read, see `mmslide.checkpoints.read_checkpoint`.
-        ValueError: it is damaged, holds something else, or weights of another host or another size, or fused ones for a
-            model that is not.
+        ValueError: it is damaged or no checkpoint, its weights are of another host or another size, or they are fused
+            and the model is not.
     """
     content = read_state_dict(checkpoint, map_location)
     if prefix is None:

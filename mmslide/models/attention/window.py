@@ -13,12 +13,12 @@ from .base import Attention
 
 @dataclass(eq=False, repr=False)
 class WindowAttentionBase(Attention):
-    """What every attention in windows shares.
+    """The arguments of every attention in windows.
 
     Args:
         window_size: side of a window in pixels of the map.
 
-    The other arguments, and what is raised: see `Attention`.
+    Other arguments and errors: see `Attention`.
     """
 
     window_size: int
@@ -69,13 +69,13 @@ class WindowAttentionBase(Attention):
 class WindowAttention(WindowAttentionBase):
     """Attention in (shifted) windows with a relative position bias: Swin (ICCV 2021, arXiv 2103.14030, section 3.2).
 
-    A window that covers both axes of the map is neither shifted nor padded. Every other map is padded with zeros at its
+    A window that covers both axes of the map is neither shifted nor padded. Any other map is padded with zeros on the
     right and bottom to a multiple of the window; the padding is not masked, as in the host.
 
     Args:
         shift_size: by how many pixels the windows are shifted, less than window_size; 0 for no shift.
 
-    The other arguments, and what is raised: see `WindowAttentionBase`.
+    Other arguments and errors: see `WindowAttentionBase`.
     """
 
     shift_size: int = 0
