@@ -288,15 +288,6 @@ def test_class_folders_that_change_the_meaning_of_labels(fault, tmp_path):
         assert not problems(tmp_path, **changes)
 
 
-def test_config_of_the_documentation(tmp_path):
-    (block,) = re.findall(r'```python\n([^`]*_in1k\.py.*?)```', (ROOT / 'docs/datasets.md').read_text(), re.DOTALL)
-    (tmp_path / 'config.py').write_text(block.replace("_base_ = '", f"_base_ = '{ROOT}/configs/slide_pvt/"))
-    write_images(tmp_path / 'data', ('cat', 'dog'))
-    config = engine.config_with_options(str(tmp_path / 'config.py'), dict(data_root=str(tmp_path / 'data')))
-    checks = check_datasets(config, *LOADERS, everything=True)
-    assert [check.problems for check in checks] == [[], []]
-
-
 def test_own_classes_may_be_left_to_the_folders(tmp_path):
     dataset = dict(_delete_=True, type='CustomDataset', data_root='data/mini/imagenet/', data_prefix='train')
     assert not problems(write_images(tmp_path), **{'train_dataloader.dataset': {**dataset, 'pipeline': []}})
