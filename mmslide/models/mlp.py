@@ -51,7 +51,7 @@ class MLP(BaseModule):
         )
 
     def _pays_in_blocks(self, x: Tensor, norm: Any) -> bool:
-        """Whether `mlp_in_blocks` computes the same as the layers one after another, faster, and nobody can notice."""
+        """Whether `mlp_in_blocks` is faster than calling the layers, and nothing else differs."""
         if x.device.type != 'cpu' or is_autocast_enabled('cpu'):
             return False
         layers: list[Any] = [norm, *self.layers.modules()]

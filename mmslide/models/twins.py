@@ -129,7 +129,7 @@ class TwinsStage(Stage):
 class PEG(BaseModule):
     """Position encoding generator (ICLR 2023, arXiv 2102.10882, section 3.2): (B, H, W, C) to the same.
 
-    A depthwise 3×3 convolution is added; its zero padding tells where the borders are.
+    Adds a depthwise 3×3 convolution, whose zero padding encodes where the borders are.
     """
 
     def __init__(self, embed_dims: int) -> None:

@@ -126,7 +126,7 @@ def _block(key: str) -> str:
 def _place_last_norm(state: StateDict, target: StateDict) -> StateDict:
     """A classifier's norm after the last stage, `norm` in most layouts, for a model that has such a norm alone.
 
-    It is no norm of an output: detectors and segmentors start theirs anew, from our checkpoints as from the authors'.
+    It is not the norm of an output: those of detectors and segmentors start fresh, whoever wrote the checkpoint.
     """
     last = max((_stage(key) for key in state if key.startswith('stages.')), default='')
     norm = f'{last}.norm.'
@@ -141,7 +141,7 @@ def _place_last_norm(state: StateDict, target: StateDict) -> StateDict:
 
 
 def _host_kinds(keys: Iterable[str]) -> set[str]:
-    """What tells one host's keys from another's: all but the token mixers, numbers of stages and blocks aside."""
+    """The keys that distinguish hosts: all but those of token mixers, without the numbers of stages and blocks."""
     return {
         re.sub(r'(?<=^stages\.)\d+|(?<=\.blocks\.)\d+', '*', key)
         for key in keys

@@ -110,7 +110,7 @@ class SlideAttention(Attention):
             own = {key: state_dict.pop(key) for key in list(state_dict) if key.startswith(prefix)}
             state_dict.update(fuse_slide_attention(own))
         elif f'{prefix}fused_weight' in state_dict:
-            # Raised at once, since mmengine only logs what it finds in the list of errors.
+            # Raised here, since mmengine only logs what it finds in the list of errors.
             raise ValueError(
                 f'these weights are fused for inference (there is {prefix}fused_weight), and this model is not: build '
                 'it with deploy=True in its backbone, as in the config beside a fused checkpoint, or load the '

@@ -50,7 +50,7 @@ class SubsampledAttentionBase(Attention):
 
 
 def query_parts(q: Tensor) -> int:
-    """Into how many parts the queries (B, N, heads, d) are split, which then stand beside each other as images.
+    """Number of parts that the queries (B, N, heads, d) are split into, which are then batched as images.
 
     On a CPU the backward of scaled_dot_product_attention gives each image and head to one thread; where there are fewer
     than threads, it is many times slower.

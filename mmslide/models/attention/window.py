@@ -139,10 +139,10 @@ class WindowAttention(WindowAttentionBase):
         size, shift = self.window_size, self.shift_size
 
         def region(count: int) -> Tensor:
-            """0 in all windows of an axis but the last, there 1 before the seam and 2 behind it: (count, size)."""
+            """0 in all windows of an axis but the last, there 1 before the seam and 2 after it: (count, size)."""
             position = torch.arange(count * size, device=x.device)
-            in_last, behind = position >= (count - 1) * size, position >= count * size - shift
-            return (in_last.long() + behind.long()).view(count, size)
+            in_last, after = position >= (count - 1) * size, position >= count * size - shift
+            return (in_last.long() + after.long()).view(count, size)
 
         region_y, region_x = region(rows), region(columns)
         ids = (region_y[:, None, :, None] * 3 + region_x[None, :, None, :]).flatten(2).flatten(0, 1)
