@@ -43,7 +43,7 @@ endif
 	$(BIN)/python -m pytest -m '$(MARKED)' -n 2 --durations 10
 
 docs: $(DEVELOP)
-	$(BIN)/mkdocs build
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 
 # With --resume a demo that was interrupted goes on, and a finished one is only tested again.
 data/mini: | $(READY)
