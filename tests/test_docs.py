@@ -34,14 +34,14 @@ OTHERS = {'text', 'kotlin', 'swift'}  # not run
 # What is appended to the configs in `make test-all`, so that each takes a minute.
 NO_DOWNLOAD = "model.setdefault('backbone', {}).update(init_cfg=None)\n"
 SHORT_EPOCH = """
-train_cfg = dict(max_epochs=1, val_interval=1)
+train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=1, val_interval=1)
 train_dataloader.update(batch_size=1, num_workers=0, persistent_workers=False)
 train_dataloader['dataset']['indices'] = 4
 val_dataloader.update(num_workers=0, persistent_workers=False)
 val_dataloader['dataset']['indices'] = 2
 """
 SHORT_ITERATIONS = """
-train_cfg = dict(max_iters=2, val_interval=2)
+train_cfg = dict(type='IterBasedTrainLoop', max_iters=2, val_interval=2)
 default_hooks = dict(checkpoint=dict(interval=2))
 train_dataloader.update(batch_size=2, num_workers=0, persistent_workers=False)
 train_dataloader['dataset']['indices'] = 4
