@@ -8,7 +8,7 @@ DEVELOP := $(VENV)/.develop
 DEMO := cascade-mask-rcnn_slide-pvt-mini_fpn_mini-coco.py
 DEMO_SEG := slide-swin-mini_upernet_mini-ade20k-64x64.py
 
-.PHONY: help demo demo-seg test test-all evidence setup clean
+.PHONY: help demo demo-seg test test-all docs evidence setup clean
 .DEFAULT_GOAL := help
 
 help:
@@ -16,6 +16,7 @@ help:
 	@echo 'make demo-seg  the same for UperNet with a small Slide-Swin'
 	@echo 'make test      set up, then the checks and tests'
 	@echo 'make test-all  the same with the exhaustive tests, about an hour'
+	@echo 'make docs      set up, then build the documentation into site/'
 	@echo 'make evidence  train small Slide models and their hosts under equal budgets, hours; goes on where it was'
 	@echo 'make setup     the environment $(VENV) alone'
 	@echo 'Each of them takes STACK=classic (torch 2.1, ready-made mmcv) or STACK=onedl (the forks), in .venv-classic, .venv-onedl'
@@ -41,6 +42,9 @@ ifeq ($(STACK),official)
 	$(BIN)/mypy
 endif
 	$(BIN)/python -m pytest -m '$(MARKED)' -n 2 --durations 10
+
+docs: $(DEVELOP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 
 # With --resume a demo that was interrupted goes on, and a finished one is only tested again.
 data/mini: | $(READY)
@@ -71,4 +75,4 @@ evidence: data/mini
 	$(BIN)/python -m benchmarks.evidence $(if $(BCCD),--bccd $(BCCD))
 
 clean:
-	rm -rf .venv .venv-classic .venv-onedl build *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-classic .venv-onedl build site *.egg-info .mypy_cache .pytest_cache .ruff_cache

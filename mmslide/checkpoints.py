@@ -102,6 +102,10 @@ def read_state_dict(checkpoint: str | Path, map_location: Any = 'cpu') -> StateD
     They may lie under 'state_dict_ema', 'state_dict' or 'model'. Of the first two, which timm's training scripts save
     together, the moving average is read.
 
+    Args:
+        checkpoint: a file, or a URL of any scheme that mmengine knows.
+        map_location: as in `torch.load`.
+
     Raises:
         OSError, ImportError: see `read_checkpoint`.
         ValueError: see `read_checkpoint`, or it holds no state dict.

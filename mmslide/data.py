@@ -257,7 +257,7 @@ class DatasetCheck:
         for path, readers in paths:
             if path and is_local(path, *readers) and not os.path.exists(path):
                 yield FileNotFoundError(
-                    f'{path}, which {self.loader} reads, does not exist. docs/datasets.md shows the folders; '
+                    f'{path}, which {self.loader} reads, does not exist. docs/train.md shows the folders; '
                     '--cfg-options data_root=DIR says where they are'
                 )
 

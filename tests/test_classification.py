@@ -224,7 +224,7 @@ def test_data_that_fits(tmp_path):
 @pytest.mark.parametrize(
     ('fault', 'message'),
     [
-        ('folder', r'val, which val_dataloader reads, does not exist\. docs/datasets\.md'),
+        ('folder', r'val, which val_dataloader reads, does not exist\. docs/train\.md'),
         ('class', r'train must have a folder for each of the 3 classes, but has 4 \(car, disk, rectangle, '),
         ('images', r'train has no image: none of its files ends in .*\.jpeg, \.jpg, \.pgm, \.png'),
         ('damaged', r'disk\.png cannot be read .*replace it or remove it'),
@@ -286,15 +286,6 @@ def test_class_folders_that_change_the_meaning_of_labels(fault, tmp_path):
         message = r'train and val_dataloader: .*val have different class folders \(disk, zebra\)'
     with pytest.warns(UserWarning, match=message):
         assert not problems(tmp_path, **changes)
-
-
-def test_config_of_the_documentation(tmp_path):
-    (block,) = re.findall(r'```python\n([^`]*_in1k\.py.*?)```', (ROOT / 'docs/datasets.md').read_text(), re.DOTALL)
-    (tmp_path / 'config.py').write_text(block.replace("_base_ = '", f"_base_ = '{ROOT}/configs/slide_pvt/"))
-    write_images(tmp_path / 'data', ('cat', 'dog'))
-    config = engine.config_with_options(str(tmp_path / 'config.py'), dict(data_root=str(tmp_path / 'data')))
-    checks = check_datasets(config, *LOADERS, everything=True)
-    assert [check.problems for check in checks] == [[], []]
 
 
 def test_own_classes_may_be_left_to_the_folders(tmp_path):

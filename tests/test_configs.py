@@ -366,7 +366,7 @@ def test_readme_links_to_every_config(metafile):
 
 
 def test_the_models_page_has_what_the_metafiles_have(tmp_path):
-    script = runpy.run_path(str(ROOT / 'docs/make_models.py'))
+    script = runpy.run_path(str(ROOT / 'docs/scripts/make_models.py'))
     page = tmp_path / 'models.md'
     page.write_text(script['PAGE'].read_text().replace('82.3', ''))
     script['main'].__globals__.update(PAGE=page, PLOT=tmp_path / 'models.png')

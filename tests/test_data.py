@@ -331,22 +331,6 @@ def test_own_classes_with_boxes_and_masks(coco):
     assert 'model.roi_head.bbox_head.1.num_classes=4:' in str(problems(masks)[0])
 
 
-def test_configs_of_the_documentation(coco, ade, tmp_path):
-    blocks = re.findall(r'```python\n(.*?)```', (TOOLS.parent / 'docs/datasets.md').read_text(), re.S)
-    blocks = [block for block in blocks if '_in1k.py' not in block]  # see test_classification.py
-    assert len(blocks) == 2
-    for split in ('train', 'val'):
-        edit(coco, cells, split)
-        edit(coco, lambda content: [x.pop('segmentation') for x in content['annotations']] and None, split)
-    for path in (ade / 'annotations').rglob('*.png'):
-        Image.fromarray(np.minimum(np.array(Image.open(path)), 2)).save(path)
-    for block, root in zip(blocks, (coco, ade), strict=True):
-        (base,) = re.findall(r"^_base_ = '(.*)'$", block, re.M)
-        path = tmp_path / 'config.py'
-        path.write_text(block.replace(base, str(CONFIGS / 'slide_pvt' / base)))
-        assert problems(read(path, root), everything=True) == []
-
-
 def test_heads_with_classes_of_their_own(coco):
     config = read(MASKS, coco)
     config.model.rpn_head.num_classes = 1

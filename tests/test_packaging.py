@@ -7,6 +7,7 @@ import sys
 import sysconfig
 import venv
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
 import yaml
@@ -89,6 +90,7 @@ def test_wheel(checkout, python, data, tmp_path):
     run(sys.executable, *build, cwd=checkout)
     (wheel,) = wheels.iterdir()
     assert '-py3-none-' in wheel.name
+    assert not [name for name in ZipFile(wheel).namelist() if 'docs/' in name or name.endswith(('.png', '.ipynb'))]
     install(python, wheel, cwd=tmp_path)
     shutil.rmtree(checkout)
     where = run(python, '-c', 'import mmslide; print(mmslide.__file__)', cwd=tmp_path)

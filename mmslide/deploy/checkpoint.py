@@ -14,7 +14,14 @@ MARK = '# Written by tools/fuse_checkpoint.py, for the checkpoint of the same na
 
 
 def load_model(config: str | Path, checkpoint: str | Path) -> tuple[Config, nn.Module, dict[str, Any]]:
-    """The config, its model with the weights of a checkpoint, in eval mode, and the checkpoint's meta data.
+    """Builds the model of a config with the weights of a checkpoint.
+
+    Args:
+        config: path or bare name of a config.
+        checkpoint: file or URL.
+
+    Returns:
+        The config, the model in eval mode, and the checkpoint's metadata.
 
     Raises:
         OSError: one of the files cannot be read.
@@ -35,10 +42,14 @@ def load_model(config: str | Path, checkpoint: str | Path) -> tuple[Config, nn.M
 
 
 def fuse_checkpoint(config: str | Path, checkpoint: str | Path, out: str | Path) -> Path:
-    """Writes a trained model's checkpoint fused (see `fuse`) to `out`, marked `meta['fused']`, and beside it the config
-    that builds the model for it, under the same name with .py.
+    """Fuses a checkpoint (see `fuse`) and writes it, marked `meta['fused']`, with the config that builds its model.
 
-    Both appear, whole, or none of them. The state of the training (optimizer, schedules, logs) is left out.
+    Either both files appear, complete, or none. Training state (optimizer, schedules, logs) is left out.
+
+    Args:
+        config: path or bare name of the model's config.
+        checkpoint: file or URL of the trained weights.
+        out: the checkpoint to write; the config gets the same name with .py.
 
     Returns:
         The path of the config.

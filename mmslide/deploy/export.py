@@ -37,24 +37,26 @@ def export(
     precision: str | None = None,
     calibration: str | Path | None = None,
 ) -> list[str]:
-    """Writes a trained model, fused, in the format of out's suffix, after its runtime has given PyTorch's results.
+    """Exports a trained model, fused, in the format of out's suffix, and compares it with PyTorch in its runtime.
 
-    The graph takes `image` (1, 3, H, W), float32, normalised and in the model's order of channels. What is needed for
-    that is in the file, see `metadata`.
+    The graph takes `image` (1, 3, H, W), float32, normalized, with channels in the model's order. The preprocessing is
+    stored in the file, see `metadata`.
 
     Args:
-        out: the file, see `mmslide.deploy.targets`; it appears whole or not at all.
+        config: path or bare name of the model's config.
+        checkpoint: file or URL of the trained weights.
+        out: the file, see `mmslide.deploy.targets`; it appears complete or not at all.
         name: 'backbone' (outputs stage1, ...), 'features' (backbone and neck, outputs level1, ...) or 'model' (of a
             classifier: scores; of a segmentor: logits, labels; of a detector: see `ExportableDetector`).
         shape: (height, width) of the image, from 32 pixels a side.
         dynamic: the file takes every size from 32 pixels a side; shape is the first that is compared.
-        images: files that are compared too, prepared as `metadata` says, beside random numbers as an image.
-        precision: one of the target's; None is its default.
-        calibration: a folder of images, that int8 takes its ranges from.
+        images: image files to compare on, beside random numbers.
+        precision: one that the target supports; None is its default.
+        calibration: folder of images that determine the ranges of int8.
 
     Returns:
-        A line for each image that was compared with the model before it was fused: random ones of `shape`, and if
-        dynamic of three other sizes, or for int8 eight of the calibration; images.
+        One line for each image on which the file was compared with the model before fusing: random ones of `shape`, and
+        if dynamic of three other sizes, or for int8 eight of the calibration images; then `images`.
 
     Raises:
         ValueError: an argument does not fit, or see `load_model`.
@@ -140,7 +142,7 @@ def metadata(
 
     Returns:
         part, outputs (names), shape, dynamic; mean and std (3 numbers each), bgr_to_rgb (whether the channels are
-        reversed), pad_value (of the normalised image), pad_divisor, resize and resize_ratio (see
+        reversed), pad_value (of the normalized image), pad_divisor, resize and resize_ratio (see
         `targets.images.prepare`), classes.
 
     Raises:

@@ -9,21 +9,21 @@ from mmslide.models.pyramid import Pyramid
 
 
 def fuse(model: nn.Module) -> nn.Module:
-    """A copy of a trained model for inference, which computes the same with less.
+    """Returns a copy of a trained model for inference, with the same results and fewer operations.
 
-    In every Slide Attention the fixed and the learned kernels become one (CVPR 2023, arXiv 2304.04237, section 4.3),
-    as `switch_to_deploy` does for other models of OpenMMLab; DropPath and dropout leave the backbone. The merged
-    kernels stay float32 in a half-precision model.
+    In every Slide Attention the fixed and the learned kernels are merged (CVPR 2023, arXiv 2304.04237, section 4.3),
+    as `switch_to_deploy` does for other models of OpenMMLab; DropPath and dropout are removed from the backbone. The
+    merged kernels stay in float32 in a half-precision model.
 
     Args:
-        model: whatever contains our backbones, such as a detector or a segmentor, also inside a wrapper for
-            distributed training. It stays as it is. If it is fused already, the copy is equal.
+        model: any model that contains backbones of this package or `SlideAttention`, such as a detector or a segmentor,
+            also inside a wrapper for distributed training. It is not changed. A fused model is copied.
 
     Returns:
         The new model without the wrapper, in eval mode.
 
     Raises:
-        ValueError: the model contains none of our modules.
+        ValueError: the model contains no module of this package.
     """
     plain: Any = model.module if is_model_wrapper(model) else model
     fused = copy.deepcopy(plain)

@@ -31,7 +31,7 @@ symbolic_shapes_config: Any = torch.fx.experimental._config
 def trace(module: Exportable, shape: tuple[int, int], dynamic: bool = False) -> ExportedProgram:
     """The graph of a fused module for images (1, 3, *shape), or for every size from 32 pixels a side.
 
-    Slide Attention is plain operations in it, and whatever depends on parameters alone is a constant.
+    Slide Attention is made of plain operations in it, and everything that depends on parameters only is a constant.
     """
     for child in module.modules():
         if isinstance(child, SlideAttention):

@@ -60,12 +60,12 @@ FRACTIONS = {'mlp_ratios', 'layer_scales'}  # of an arch; all else is counted
 def pick_arch(
     arch: Any, variants: Mapping[str, Mapping[str, Sequence[Any]]], optional: Mapping[str, Any]
 ) -> dict[str, Sequence[Any]]:
-    """The table row of a variant by name, or a row of the user's own with the same keys, checked.
+    """The row of a variant by name, or a user's own row with the same keys, checked.
 
-    In a user's row one number stands for all stages, and for embed_dims it doubles from stage to stage.
+    In a user's row a single number is used for all stages, and for embed_dims it doubles from stage to stage.
 
     Args:
-        optional: keys that a row may leave out, with the number that then stands for all stages. These may be 0.
+        optional: keys that a row may leave out, with the default for all stages. These may be 0.
 
     Raises:
         ValueError: the name is unknown, keys are missing or unknown, or the values do not fit together.

@@ -11,16 +11,16 @@ from .pyramid import Pyramid
 
 @WEIGHT_INITIALIZERS.register_module()
 class ZeroSumPatches:
-    """For `init_cfg` of a backbone: its first convolution starts blind to a patch's mean colour.
+    """Initializes the first convolution of a backbone so that it ignores the mean color of a patch; for `init_cfg`.
 
-    Training from scratch on small data finds outlines sooner when colour, the largest part of a patch's variance, does
-    not drown them. Weights are drawn from a normal distribution and made to sum to zero over each patch and input
-    channel. Biases are drawn from another, so that the norm behind does not raise the noise of an even patch to the
-    size of edges.
+    Training from scratch on small data finds outlines sooner if color, the largest part of a patch's variance, does not
+    dominate. Weights are drawn from a normal distribution and made to sum to zero over each patch and input channel.
+    Biases are drawn from another, so that the following norm does not scale the noise of a uniform patch up to that of
+    edges.
 
     Args:
-        std: of the weights, before their mean is taken off.
-        bias_std: of the biases.
+        std: standard deviation of the weights, before their mean is subtracted.
+        bias_std: standard deviation of the biases.
 
     Raises:
         TypeError: for a module that is not one of mmslide's backbones.

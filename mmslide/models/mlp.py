@@ -55,7 +55,7 @@ class MLP(BaseModule):
             return mlp_in_blocks(x, norm.weight, norm.bias, weight1, bias1, weight2, bias2, norm.eps)
 
     def _pays_in_blocks(self, x: Tensor, norm: Any) -> bool:
-        """Whether `mlp_in_blocks` computes the same as the layers one after another, faster, and nobody can notice."""
+        """Whether `mlp_in_blocks` is faster than calling the layers, and nothing else differs."""
         if x.device.type != 'cpu':
             return False
         layers: list[Any] = [norm, *self.layers.modules()]

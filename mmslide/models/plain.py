@@ -8,10 +8,10 @@ from mmslide.compat import has_any_global_hook, is_compiling
 
 
 def is_plain(x: Tensor, layers: Sequence[nn.Module], types: Sequence[Collection[type[nn.Module]]]) -> bool:
-    """Whether the layers may be computed from their parameters instead of called, because nobody can notice.
+    """Whether the layers may be computed from their parameters instead of being called, without a visible difference.
 
-    That is not so for a layer that stands in for another (quantized, parametrized, with an adapter), for one that has
-    hooks, for tensor subclasses, and while a transform or a mode follows the operations.
+    They may not if a layer replaces another (quantized, parametrized, with an adapter) or has hooks, for tensor
+    subclasses, and while a function transform or a torch mode is active.
 
     Args:
         x: what the layers would be called with.

@@ -56,35 +56,35 @@ class Stage(BaseModule):
 
 @dataclass(eq=False, repr=False)
 class Pyramid(BaseModule):
-    """A hierarchical backbone: images (B, in_channels, H, W) to one map (B, C, H / stride, W / stride) a stage.
+    """A hierarchical backbone: images (B, in_channels, H, W) to one map (B, C, H / stride, W / stride) per stage.
 
-    A host is a dataclass of this one: `variants` is its table (`optional` has the keys that a row may leave out, with
-    what stands for them), its fields are the arguments of its own and the defaults that differ, and it overrides
-    `build_embedding` and `build_mixer`, and others of the methods where it differs.
+    A backbone is a dataclass derived from this one: `variants` is its table (`optional` has keys that a row may leave
+    out, with their defaults), its fields are its own arguments and the defaults that differ, and it overrides
+    `build_embedding` and `build_mixer`, and other methods where it differs.
 
     Args:
-        arch: a variant of the table by name, or a dict with the table's keys and a list with one value a stage for
-            each; one number stands for all stages, and for embed_dims it doubles from stage to stage.
-        in_channels: of the images.
+        arch: name of a variant in the table, or a dict with the table's keys and a list with one value per stage for
+            each; a single number is used for all stages, and for embed_dims it doubles from stage to stage.
+        in_channels: channels of the images.
         slide_stages: stages (from 0) with Slide Attention (CVPR 2023, arXiv 2304.04237) in place of the host's own
             attention; () is the host itself.
-        kernel_size: of Slide Attention, odd, one number or one a stage.
-        attn_backend: of Slide Attention, see `mmslide.ops.slide_attention`; None takes the best.
-        out_indices: stages (from 0) whose maps are put out, finest first. Those after the last one are not built; drop
-            path rates are those of the whole backbone, whose checkpoints still load by `init_cfg`.
-        frozen_stages: -1 freezes nothing, 0 the first patch embedding, n also the first n stages whole.
-        stage_norm: 'next' puts a norm after each stage, and the next stage sees the normed map; 'output' norms the
-            outputs alone; None is none.
+        kernel_size: k of Slide Attention, odd; one number, or one per stage.
+        attn_backend: backend of Slide Attention, see `mmslide.ops.slide_attention`; None picks the best.
+        out_indices: stages (from 0) whose maps are returned, finest first. Stages after the last one are not built;
+            drop path rates stay those of the whole backbone, whose checkpoints still load through `init_cfg`.
+        frozen_stages: -1 freezes nothing, 0 the first patch embedding, n the first n stages as well.
+        stage_norm: 'next' adds a norm after each stage, whose output the next stage gets; 'output' norms only the
+            outputs; None adds no norms.
         qkv_bias: whether the projections to queries, keys and values have a bias.
         drop_rate: dropout after embeddings, attention and MLPs.
         attn_drop_rate: dropout of the attention weights.
-        drop_path_rate: stochastic depth of the last block; rises linearly from 0 in the first.
-        with_cp: recompute each block in backward instead of keeping its activations.
-        norm_cfg: of all norms, as mmcv's `build_norm_layer` takes it.
-        init_cfg: mmengine's. `dict(type='Pretrained', checkpoint=FILE_OR_URL, prefix=None)` reads every layout that
-            `mmslide.weights` knows; None is `default_init_cfg`, by which linear weights are drawn from a truncated
-            normal distribution with std 0.02.
-        deploy: the form for inference, see `mmslide.deploy.fuse`; fused checkpoints load into it, and all others.
+        drop_path_rate: stochastic depth rate of the last block; the rate increases linearly from 0 in the first.
+        with_cp: recompute each block in the backward pass instead of keeping its activations.
+        norm_cfg: config of all norms, see mmcv's `build_norm_layer`.
+        init_cfg: see mmengine. `dict(type='Pretrained', checkpoint=FILE_OR_URL, prefix=None)` reads every layout in
+            `mmslide.weights.layouts`; None is `default_init_cfg`, which draws linear weights from a truncated normal
+            distribution with std 0.02.
+        deploy: build the form for inference, see `mmslide.deploy.fuse`; it loads fused checkpoints and all others.
 
     Raises:
         ValueError: an argument does not fit (the message names it), or an image is smaller than the coarsest stride or

@@ -32,7 +32,7 @@ class SlideCSWin(Pyramid):
             (widths of the strips in pixels of the stage's map; the last stage's is not used).
         drop_rate: dropout after attention and MLPs; CSWin's embeddings have none.
 
-    The other arguments, and what is raised: see `Pyramid`. num_heads must be even wherever attention is in strips.
+    Other arguments and errors: see `Pyramid`. num_heads must be even wherever attention is in strips.
     """
 
     variants = VARIANTS

@@ -1,4 +1,4 @@
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, ClassVar
 
@@ -34,15 +34,15 @@ class SlideNAT(Pyramid):
     ⌈n/4⌉ after the stem, then ⌈n/2⌉ from stage to stage.
 
     Args:
-        arch: 'mini', 'tiny', 'small', 'base', or a dict with embed_dims, depths, num_heads, mlp_ratios, and with
-            layer_scales (initial value of the learned factor of each branch and channel), 0 or left out for none.
-        window_size: of neighborhood attention, odd, in pixels of the stage's map, one number or one a stage.
+        arch: 'mini', 'tiny', 'small', 'base', or a dict with embed_dims, depths, num_heads, mlp_ratios, and
+            optionally layer_scales, the initial value of the learned factor of each branch and channel (0 for none).
+        window_size: of neighborhood attention, odd, in pixels of the stage's map, one number, or one per stage.
 
-    The other arguments, and what is raised: see `Pyramid`.
+    Other arguments and errors: see `Pyramid`.
     """
 
     variants = VARIANTS
-    optional: ClassVar = {'layer_scales': 0.0}
+    optional: ClassVar[Mapping[str, float]] = {'layer_scales': 0.0}
 
     arch: Arch = 'mini'
     _: KW_ONLY

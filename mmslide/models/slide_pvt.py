@@ -35,7 +35,7 @@ class SlidePVT(Pyramid):
         pretrain_img_size: pixels, one number or (height, width); sets the size of the learned position embeddings,
             which are resampled to other inputs.
 
-    The other arguments, and what is raised: see `Pyramid`.
+    Other arguments and errors: see `Pyramid`.
     """
 
     variants = VARIANTS

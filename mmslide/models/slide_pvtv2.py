@@ -1,4 +1,4 @@
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, ClassVar
 
@@ -38,12 +38,12 @@ class SlidePVTv2(Pyramid):
         norm_cfg: of the norms in the blocks and after the stages. Those of patch embeddings and subsampled keys have
             eps 1e-5 in any case.
 
-    The other arguments, and what is raised: see `Pyramid`.
+    Other arguments and errors: see `Pyramid`.
     """
 
     variants = VARIANTS
-    optional: ClassVar = dict(pool_sizes=0)
-    default_init_cfg: ClassVar = [
+    optional: ClassVar[Mapping[str, float]] = dict(pool_sizes=0)
+    default_init_cfg: ClassVar[list[dict]] = [
         *Pyramid.default_init_cfg,
         dict(type='Kaiming', layer='Conv2d', mode='fan_out'),
         # mmengine's fan_out does not divide by the groups; fan_in, with one channel in each, is the same.

@@ -33,10 +33,10 @@ class SlideSwin(Pyramid):
 
     Args:
         arch: 'tiny', 'small', 'base', or a dict with embed_dims, depths, num_heads, mlp_ratios.
-        window_size: in pixels of the stage's map, one number or one a stage; every second block shifts its windows.
+        window_size: in pixels of the stage's map, one number, or one per stage; every second block shifts its windows.
         drop_rate: dropout after attention and MLPs; Swin's embeddings have none.
 
-    The other arguments, and what is raised: see `Pyramid`.
+    Other arguments and errors: see `Pyramid`.
     """
 
     variants = VARIANTS

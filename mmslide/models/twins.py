@@ -64,7 +64,7 @@ class TwinsPCPVT(Twins):
         norm_cfg: of the norms in the blocks and after the stages. Those of patch embeddings and subsampled keys have
             eps 1e-5 in any case.
 
-    The other arguments, and what is raised: see `Pyramid`.
+    Other arguments and errors: see `Pyramid`.
     """
 
     variants = PCPVT_VARIANTS
@@ -78,17 +78,17 @@ class TwinsSVT(Twins):
     """Twins-SVT (NeurIPS 2021, arXiv 2104.13840, section 3.2): local and global attention in turn.
 
     Even blocks of every stage attend in windows (LSA), or by Slide Attention in slide_stages; odd ones globally to a
-    subsampled map (GSA). For the windows maps are padded.
+    subsampled map (GSA). Maps are padded to whole windows.
 
     Args:
         arch: 'small', 'base', 'large', or a dict with embed_dims, depths, num_heads, mlp_ratios, sr_ratios.
-        window_size: in pixels of the stage's map, one number or one a stage.
-        mask_padding: nobody attends to the padding of the windows. False reproduces the authors' detection code, for
+        window_size: in pixels of the stage's map, one number, or one per stage.
+        mask_padding: mask the padding of the windows. False reproduces the authors' detection code, for
             weights that were trained with it.
         norm_cfg: of the norms in the blocks and after the stages. Those of patch embeddings and subsampled keys have
             eps 1e-5 in any case.
 
-    The other arguments, and what is raised: see `Pyramid`.
+    Other arguments and errors: see `Pyramid`.
     """
 
     variants = SVT_VARIANTS
@@ -129,7 +129,7 @@ class TwinsStage(Stage):
 class PEG(BaseModule):
     """Position encoding generator (ICLR 2023, arXiv 2102.10882, section 3.2): (B, H, W, C) to the same.
 
-    A depthwise 3×3 convolution is added; its zero padding tells where the borders are.
+    Adds a depthwise 3×3 convolution, whose zero padding encodes where the borders are.
     """
 
     def __init__(self, embed_dims: int) -> None:

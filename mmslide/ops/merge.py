@@ -5,7 +5,11 @@ from torch import Tensor
 
 
 def fixed_shift(kernel_size: int) -> Tensor:
-    """The kernels of the fixed path, (k², k, k): slot j picks tap j, in row-major order."""
+    """The kernels of the fixed path, (k², k, k): slot j picks tap j, in row-major order.
+
+    Args:
+        kernel_size: k, odd.
+    """
     return torch.eye(kernel_size**2).view(-1, kernel_size, kernel_size)
 
 

@@ -11,23 +11,23 @@ from .load import find_prefix, key_table
 
 
 def convert_checkpoint(checkpoint: str | Path, out: str | Path, layout: str) -> Table:
-    """Writes the weights of a checkpoint of any layout in `mmslide.weights.layouts` in another layout.
+    """Converts a checkpoint from any layout in `mmslide.weights.layouts` to another layout.
 
-    The backbone of a whole detector, segmentor or classifier is converted in its place, all other weights are kept.
+    In a whole detector, segmentor or classifier the backbone is converted, and all other weights are kept.
 
     Args:
         checkpoint: file or URL.
-        out: the file to write, which then holds the state dict alone, as safetensors if its name ends so. It appears
-            whole or not at all.
-        layout: one of `mmslide.weights.layouts.TARGETS`. Every backbone has 'mmslide', and some have others.
+        out: the file to write, with the state dict only; in the safetensors format if its name ends in .safetensors. It
+            appears complete or not at all.
+        layout: one of `mmslide.weights.layouts.TARGETS`. Every backbone has 'mmslide', some have others.
 
     Returns:
-        What was read, written and kept.
+        A table of the keys that were read, written and kept.
 
     Raises:
         OSError: the checkpoint cannot be read, or out cannot be written.
-        ValueError: the checkpoint is damaged, is no backbone's, or has NaN or infinite weights; the layout has no place
-            for it; or see `atomic_write`.
+        ValueError: the checkpoint is damaged, is not a backbone's, or has NaN or infinite weights; the layout does not
+            exist for it; or see `atomic_write`.
         ImportError: a .safetensors file is named, and the package safetensors is not installed.
     """
     with atomic_write(out, inputs=[checkpoint]) as (path,):

@@ -34,20 +34,21 @@ def is_pretrained(init_cfg: Mapping[str, Any]) -> bool:
 def load_pretrained(
     model: nn.Module, checkpoint: str | Path, prefix: str | None = None, map_location: Any = 'cpu'
 ) -> None:
-    """Starts a backbone from a checkpoint of any layout in `mmslide.weights.layouts`.
+    """Loads a checkpoint of any layout in `mmslide.weights.layouts` into a backbone.
 
     Position embeddings and relative position bias tables are resized; for a model with deploy=True the two paths of
-    Slide Attention are merged. What was missing, unexpected or resized is logged as one table.
+    Slide Attention are merged. Missing, unexpected and resized keys are logged as one table.
 
     Args:
-        model: one of our backbones.
-        checkpoint: a file or URL, see `mmslide.checkpoints.read_state_dict`; its keys may begin with 'backbone.'.
-        prefix: takes only the keys that begin with it. None finds 'backbone.' by itself.
+        model: a backbone of this package.
+        checkpoint: file or URL, see `read_state_dict`; its keys may begin with 'backbone.'.
+        prefix: load only keys that begin with it. None detects 'backbone.'.
+        map_location: as in `torch.load`.
 
     Raises:
         OSError, ImportError: the file cannot be read, see `mmslide.checkpoints.read_checkpoint`.
-        ValueError: it is damaged, holds something else, or weights of another host or another size, or fused ones for a
-            model that is not.
+        ValueError: it is damaged or no checkpoint, its weights are of another host or another size, or they are fused
+            and the model is not.
     """
     content = read_state_dict(checkpoint, map_location)
     if prefix is None:
@@ -125,7 +126,7 @@ def _block(key: str) -> str:
 def _place_last_norm(state: StateDict, target: StateDict) -> StateDict:
     """A classifier's norm after the last stage, `norm` in most layouts, for a model that has such a norm alone.
 
-    It is no norm of an output: detectors and segmentors start theirs anew, from our checkpoints as from the authors'.
+    It is not the norm of an output: those of detectors and segmentors start fresh, whoever wrote the checkpoint.
     """
     last = max((_stage(key) for key in state if key.startswith('stages.')), default='')
     norm = f'{last}.norm.'
@@ -140,7 +141,7 @@ def _place_last_norm(state: StateDict, target: StateDict) -> StateDict:
 
 
 def _host_kinds(keys: Iterable[str]) -> set[str]:
-    """What tells one host's keys from another's: all but the token mixers, numbers of stages and blocks aside."""
+    """The keys that distinguish hosts: all but those of token mixers, without the numbers of stages and blocks."""
     return {
         re.sub(r'(?<=^stages\.)\d+|(?<=\.blocks\.)\d+', '*', key)
         for key in keys

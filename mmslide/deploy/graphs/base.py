@@ -39,7 +39,7 @@ class Exportable(nn.Module):
         return error <= tolerance, f'differs from PyTorch by {error:.1e}'
 
     def malformed(self, outputs: Sequence[Tensor], wanted: Sequence[Tensor]) -> str:
-        """Why the outputs cannot be right, whatever is in them; '' if they can."""
+        """Why the outputs cannot be right, by shape or non-finite values; '' if they can."""
         shapes, expected = ([tuple(x.shape) for x in each] for each in (outputs, wanted))
         if shapes != expected:
             return f'shapes are {shapes}, of PyTorch {expected}'

@@ -46,7 +46,7 @@ FAINTEST = 1e-6
 class ExportableDetector(Exportable):
     """What mmdet's Mask R-CNN, Faster R-CNN, Cascade (Mask) R-CNN or RetinaNet predicts, with shapes known beforehand.
 
-    forward takes an image (1, 3, H, W), normalised and padded as the model's data_preprocessor does it, and returns K
+    forward takes an image (1, 3, H, W), normalized and padded like the model's data_preprocessor does, and returns K
     detections, the best first, where K is max_per_img of the model's test_cfg:
 
     - boxes (K, 4): x1, y1, x2, y2 in pixels of that image, clipped to its size with the padding;

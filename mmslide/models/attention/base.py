@@ -10,15 +10,15 @@ from mmslide.models.base import BaseModule, InitCfg
 
 @dataclass(eq=False, repr=False)
 class Attention(BaseModule):
-    """What every token mixer takes; each is a dataclass of this one, whose fields are the arguments of its own.
+    """The arguments of every token mixer, which is a dataclass derived from this one with fields of its own.
 
     Args:
-        embed_dims: C of the map (B, H, W, C), divisible by num_heads.
-        num_heads: of the attention.
+        embed_dims: channels C of the map (B, H, W, C), divisible by num_heads.
+        num_heads: number of attention heads.
         qkv_bias: whether the projections to queries, keys and values have a bias.
         attn_drop_rate: dropout of the attention weights.
         proj_drop_rate: dropout of the output.
-        init_cfg: mmengine's.
+        init_cfg: see mmengine.
 
     Raises:
         ValueError: an argument does not fit; the message names it.

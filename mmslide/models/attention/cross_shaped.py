@@ -24,7 +24,7 @@ class CrossShapedWindowAttention(Attention):
     Args:
         split_size: width of a strip in pixels of the map; None attends over the whole map, with all heads.
 
-    The other arguments, and what is raised: see `Attention`. num_heads must be even unless split_size is None.
+    Other arguments and errors: see `Attention`. num_heads must be even unless split_size is None.
     """
 
     split_size: int | None

@@ -12,13 +12,13 @@ from .window import WindowAttentionBase
 class LocallyGroupedAttention(WindowAttentionBase):
     """Attention in windows that neither overlap nor shift: Twins' LSA (NeurIPS 2021, arXiv 2104.13840, section 3.2).
 
-    The map is padded with zeros at its right and bottom to a multiple of the window.
+    The map is padded with zeros on the right and bottom to a multiple of the window.
 
     Args:
-        mask_padding: nobody attends to the padding. False lets it take part, as in the authors' detection code, for
-            weights that were trained so.
+        mask_padding: mask the padding. False lets it take part, as in the authors' detection code, for weights that
+            were trained that way.
 
-    The other arguments, and what is raised: see `WindowAttentionBase`.
+    Other arguments and errors: see `WindowAttentionBase`.
     """
 
     mask_padding: bool = True

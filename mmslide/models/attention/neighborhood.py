@@ -15,13 +15,13 @@ from .base import Attention
 class NeighborhoodAttention(Attention):
     """Attention to the pixels nearest to each: neighborhood attention (CVPR 2023, arXiv 2204.07143, section 3.1).
 
-    At the border the window is moved inside. A map smaller than the window is padded with zeros at its right and
+    At the border the window is moved inside. A map smaller than the window is padded with zeros on the right and
     bottom; the padding is not masked, as in the host.
 
     Args:
-        window_size: side of a pixel's window, odd, in pixels of the map.
+        window_size: side of the window around a pixel, odd, in pixels of the map.
 
-    The other arguments, and what is raised: see `Attention`.
+    Other arguments and errors: see `Attention`.
     """
 
     window_size: int

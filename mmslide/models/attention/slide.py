@@ -17,19 +17,20 @@ from .base import Attention
 
 @dataclass(eq=False, repr=False)
 class SlideAttention(Attention):
-    """Slide Attention (CVPR 2023, arXiv 2304.04237, section 4): local attention over k×k deformed neighbours.
+    """Slide Attention (CVPR 2023, arXiv 2304.04237, section 4): local attention over k×k deformed neighbors.
 
-    Two paths shift keys and values, as the paper trains them: the fixed one, whose kernels pick one neighbour each, and
-    the deformed one, whose kernels are learned. Both have a learned bias; they are merged before the op. A new module
-    is plain local attention: the learned kernels, all shift biases and the relative position bias start at zero.
+    Takes and returns maps (B, H, W, C). As in the paper, two paths shift keys and values: a fixed one, whose kernels
+    pick one neighbor each, and a deformed one, whose kernels are learned. Both have a learned bias; they are merged
+    before the op. A new module is plain local attention: learned kernels, biases and relative position bias start at
+    zero.
 
-    `switch_to_deploy` leaves the merged path alone, as parameters. Such a module also loads the two paths' weights.
+    `switch_to_deploy` merges the paths into parameters. Such a module still loads the weights of two paths.
 
     Args:
-        kernel_size: k, odd.
-        backend: of `mmslide.ops.slide_attention`; None lets the op choose.
+        kernel_size: k, the side of the neighborhood, odd.
+        backend: see `mmslide.ops.slide_attention`; None lets the op choose.
 
-    The other arguments, and what is raised: see `Attention`.
+    Other arguments and errors: see `Attention`.
     """
 
     kernel_size: int = 3
@@ -116,7 +117,7 @@ class SlideAttention(Attention):
             own = {key: state_dict.pop(key) for key in list(state_dict) if key.startswith(prefix)}
             state_dict.update(fuse_slide_attention(own))
         elif f'{prefix}fused_weight' in state_dict:
-            # Raised at once, since mmengine only logs what it finds in the list of errors.
+            # Raised here, since mmengine only logs what it finds in the list of errors.
             raise ValueError(
                 f'these weights are fused for inference (there is {prefix}fused_weight), and this model is not: build '
                 'it with deploy=True in its backbone, as in the config beside a fused checkpoint, or load the '

@@ -13,12 +13,12 @@ from .base import Attention
 
 @dataclass(eq=False, repr=False)
 class SubsampledAttentionBase(Attention):
-    """Global attention to a map that `subsample` makes smaller.
+    """Global attention to a map that is subsampled by `subsample`.
 
     Args:
-        norm_cfg: of the subsampled map.
+        norm_cfg: config of the norm of the subsampled map.
 
-    The other arguments, and what is raised: see `Attention`.
+    Other arguments and errors: see `Attention`.
     """
 
     _: KW_ONLY
@@ -50,7 +50,7 @@ class SubsampledAttentionBase(Attention):
 
 
 def query_parts(q: Tensor) -> int:
-    """Into how many parts the queries (B, N, heads, d) are split, which then stand beside each other as images.
+    """Number of parts that the queries (B, N, heads, d) are split into, which are then batched as images.
 
     On a CPU the backward of scaled_dot_product_attention gives each image and head to one thread; where there are fewer
     than threads, it is many times slower.
@@ -67,9 +67,9 @@ class SubsampledAttention(SubsampledAttentionBase):
     """Spatial-reduction attention: PVT (ICCV 2021, arXiv 2102.12122, Eq. 1-3) and PVTv2.
 
     Args:
-        sr_ratio: keys and values come from patches of sr_ratio × sr_ratio pixels; what does not fill one is cropped.
+        sr_ratio: keys and values come from patches of sr_ratio × sr_ratio pixels; an incomplete patch is cropped.
 
-    The other arguments, and what is raised: see `SubsampledAttentionBase`.
+    Other arguments and errors: see `SubsampledAttentionBase`.
     """
 
     sr_ratio: int = 1
@@ -93,7 +93,7 @@ class PooledAttention(SubsampledAttentionBase):
     Args:
         pool_size: keys and values come from an adaptive average pool to pool_size × pool_size.
 
-    The other arguments, and what is raised: see `SubsampledAttentionBase`.
+    Other arguments and errors: see `SubsampledAttentionBase`.
     """
 
     pool_size: int = 7

@@ -13,12 +13,12 @@ from .base import Attention
 
 @dataclass(eq=False, repr=False)
 class WindowAttentionBase(Attention):
-    """What every attention in windows shares.
+    """The arguments of every attention in windows.
 
     Args:
         window_size: side of a window in pixels of the map.
 
-    The other arguments, and what is raised: see `Attention`.
+    Other arguments and errors: see `Attention`.
     """
 
     window_size: int
@@ -69,13 +69,13 @@ class WindowAttentionBase(Attention):
 class WindowAttention(WindowAttentionBase):
     """Attention in (shifted) windows with a relative position bias: Swin (ICCV 2021, arXiv 2103.14030, section 3.2).
 
-    A window that covers both axes of the map is neither shifted nor padded. Every other map is padded with zeros at its
+    A window that covers both axes of the map is neither shifted nor padded. Any other map is padded with zeros on the
     right and bottom to a multiple of the window; the padding is not masked, as in the host.
 
     Args:
         shift_size: by how many pixels the windows are shifted, less than window_size; 0 for no shift.
 
-    The other arguments, and what is raised: see `WindowAttentionBase`.
+    Other arguments and errors: see `WindowAttentionBase`.
     """
 
     shift_size: int = 0
@@ -139,10 +139,10 @@ class WindowAttention(WindowAttentionBase):
         size, shift = self.window_size, self.shift_size
 
         def region(count: int) -> Tensor:
-            """0 in all windows of an axis but the last, there 1 before the seam and 2 behind it: (count, size)."""
+            """0 in all windows of an axis but the last, there 1 before the seam and 2 after it: (count, size)."""
             position = torch.arange(count * size, device=x.device)
-            in_last, behind = position >= (count - 1) * size, position >= count * size - shift
-            return (in_last.long() + behind.long()).view(count, size)
+            in_last, after = position >= (count - 1) * size, position >= count * size - shift
+            return (in_last.long() + after.long()).view(count, size)
 
         region_y, region_x = region(rows), region(columns)
         ids = (region_y[:, None, :, None] * 3 + region_x[None, :, None, :]).flatten(2).flatten(0, 1)

@@ -1,6 +1,6 @@
 """Key layouts of checkpoints in the wild, each turned into ours by a pure function on a state dict.
 
-Buffers that the model computes anew are left out. Every other key that a layout's rules do not name (a classifier's,
+Buffers that the model computes itself are left out. Every other key that a layout's rules do not name (a classifier's,
 say) is passed through unchanged, so that the loader can report it.
 """
 

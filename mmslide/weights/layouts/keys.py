@@ -1,4 +1,4 @@
-"""What the key layouts of all families are made of."""
+"""The building blocks of all key layouts."""
 
 import re
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""Draws docs/models.png and writes the table of docs/models.md, both from the metafiles."""
+"""Draws docs/images/models.png and writes the table of docs/models.md, both from the metafiles."""
 
 import re
 from collections.abc import Iterator
@@ -8,10 +8,10 @@ from typing import Any
 import matplotlib.pyplot as plt
 import yaml
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAGE = ROOT / 'docs/models.md'
-PLOT = ROOT / 'docs/models.png'
-BEGIN, END = '<!-- table: python docs/make_models.py -->\n', '<!-- end of the table -->'
+PLOT = ROOT / 'docs/images/models.png'
+BEGIN, END = '<!-- table: python docs/scripts/make_models.py -->\n', '<!-- end of the table -->'
 
 COCO = ['COCO val2017 box AP', 'COCO val2017 mask AP']
 ADE20K = ['ADE20K val mIoU']
