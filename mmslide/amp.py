@@ -39,7 +39,8 @@ class BackboneAmpOptimWrapper(OptimWrapper):
     Necks and heads stay in float32, since mmcv has no bfloat16 operators on a CPU, and boxes need more digits. bfloat16
     has float32's range, so that losses need no scaling.
 
-    The arguments are those of `mmengine.optim.OptimWrapper`.
+    Args:
+        optimizer, accumulative_counts, clip_grad: see `mmengine.optim.OptimWrapper`.
 
     Raises:
         ValueError: in training, the model has no `backbone`.

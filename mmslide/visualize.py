@@ -50,6 +50,11 @@ class Sample:
 def load_sample(cfg: Config, model: Any, file: str | Path) -> Sample:
     """An image file through the test pipeline of a config, without its annotations, and the model's data_preprocessor.
 
+    Args:
+        cfg: of mmdet, mmseg or mmpretrain.
+        model: its model.
+        file: the image.
+
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is no image, or not of 3 channels; or the config has no test pipeline.
@@ -116,7 +121,12 @@ def stage_maps(backbone: Pyramid, inputs: Tensor, normed: bool = False) -> list[
 
 @torch.no_grad()
 def feature_maps(backbone: Pyramid, inputs: Tensor) -> list[Tensor]:
-    """The map of each stage, (C, H, W), as it is put out, of one image."""
+    """The map of each stage, (C, H, W), as it is put out.
+
+    Args:
+        backbone: of mmslide.
+        inputs: one image, (1, C, H, W).
+    """
     return [x[0] for x in stage_maps(backbone, inputs, normed=True)]
 
 
@@ -163,8 +173,10 @@ def attended_slots(
     """The slots that the pixel under a point attends to, in each Slide Attention of some stages.
 
     Args:
-        inputs: (1, C, H, W).
+        backbone: of mmslide.
+        inputs: one image, (1, C, H, W).
         point: x and y in pixels of the inputs.
+        stages: their numbers, from 0.
     """
     named = {stage: slide_attentions(backbone.stages[stage]) for stage in stages}
     modules = {(stage, name): module for stage in stages for name, module in named[stage].items()}
@@ -216,6 +228,9 @@ def shift_distance(weight: Tensor) -> float:
 def merged_kernels(model: nn.Module) -> dict[str, Tensor]:
     """The merged kernels (d, k², k, k) of every Slide Attention, trained or fused, by its name.
 
+    Args:
+        model: any module.
+
     Raises:
         ValueError: the model has no Slide Attention.
     """
@@ -226,7 +241,14 @@ def merged_kernels(model: nn.Module) -> dict[str, Tensor]:
 
 
 def shift_distances(model: nn.Module) -> dict[str, float]:
-    """`shift_distance` of every Slide Attention. Raises: see `merged_kernels`."""
+    """`shift_distance` of every Slide Attention by its name.
+
+    Args:
+        model: any module.
+
+    Raises:
+        ValueError: see `merged_kernels`.
+    """
     return {name: shift_distance(weight) for name, weight in merged_kernels(model).items()}
 
 
@@ -236,6 +258,7 @@ def kernel_history(
     """`shift_distance` of every Slide Attention in several checkpoints of one config.
 
     Args:
+        config: file of the config.
         checkpoints: files or URLs, in order; a folder stands for all that a training has saved in it.
 
     Returns:
@@ -347,7 +370,18 @@ def class_activation(feature: Tensor, gradient: Tensor) -> Tensor:
 def class_activations(
     model: Any, sample: Sample, classes: Sequence[str], limit: int = 3, score_thr: float = 0.3
 ) -> list[tuple[Target, list[Tensor]]]:
-    """The targets of an image, see `find_targets`, and for each of them the class activation (H, W) of every stage."""
+    """The targets of an image, see `find_targets`, and for each of them the class activation (H, W) of every stage.
+
+    Args:
+        model: a detector, segmentor or classifier with a backbone of mmslide.
+        sample: an image, see `load_sample`.
+        classes: their names; numbers stand for those that are missing.
+        limit: largest number of targets.
+        score_thr: of detections.
+
+    Raises:
+        ValueError: see `find_targets`.
+    """
     backbone = find_backbone(model)
     inputs = sample.inputs.clone().requires_grad_()
     with torch.enable_grad(), _recorded(dict(enumerate(backbone.stages))) as calls:

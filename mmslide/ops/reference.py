@@ -26,7 +26,11 @@ def reference(
 
 
 def attention_weights(q: Tensor, k: Tensor, weight: Tensor, bias: Tensor, rpb: Tensor, scale: float) -> Tensor:
-    """The share of each slot in each pixel's output: (B, H, W, heads, k²), with sum 1 over the slots."""
+    """The share of each slot in each pixel's output: (B, H, W, heads, k²), with sum 1 over the slots.
+
+    Args:
+        q, k, weight, bias, rpb, scale: see `mmslide.ops.slide_attention`.
+    """
     keys = deformed_shift(k, weight, bias) + rpb.unsqueeze(1)  # (B, H, W, heads, d, k²)
     logits = scale * torch.einsum('bhwnc,bhwncj->bhwnj', q, keys)
     return logits.softmax(dim=-1)
