@@ -298,4 +298,4 @@ def test_the_notebook_runs(notebook, checkout):
     text = ''.join(output.get('text', '') for output in outputs)
     assert re.search(r'bbox_mAP: \S+.*segm_mAP: \S+', text)
     assert 'work_dirs/tutorial/model.onnx is written' in text
-    assert sum('image/png' in output.get('data', {}) for output in outputs) == 3
+    assert sum('image/png' in output.get('data', {}) for output in outputs) == 4
