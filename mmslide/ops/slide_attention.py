@@ -20,7 +20,7 @@ def slide_attention(
 ) -> Tensor:
     """Slide Attention (CVPR 2023, arXiv 2304.04237, section 4): each pixel attends to its k×k deformed neighbours.
 
-    K_j(p) = Σ_t weight[c, j, t] · k[c, p + t] + bias[c, j] for slot j, V_j likewise from v, and::
+    K_j(p) = Σ_t weight[c, j, t] · k[c, p + t] + bias[c, j] for slot j, V_j likewise from v, and:
 
         out = Σ_j softmax_j(scale · Σ_c q[c] · (K_j[c] + rpb[head, j])) · V_j
 
