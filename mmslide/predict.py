@@ -68,7 +68,9 @@ def predict(
     if Path(out).is_dir() and any(Path(out).iterdir()):
         raise ValueError(f'the folder {out} is not empty: choose another, or delete it')
     given = [checkpoint, *files] if config.filename is None else [config.filename, checkpoint, *files]
-    with atomic_write(out, inputs=given, folders=True) as (folder,):
+    # Inferencers build pipelines in the scope that is current, which may be that of an earlier model.
+    scope = DefaultScope.overwrite_default_scope(config.get('default_scope'))
+    with scope, atomic_write(out, inputs=given, folders=True) as (folder,):
         unreadable = _write(_load(config, checkpoint, device), files, folder, score_thr, draw)
         if len(unreadable) == len(files):
             raise OSError(f'cannot read {listed(unreadable, 10)}')

@@ -229,7 +229,7 @@ def test_another_label_is_right_in_a_tie_only(save):
         assert not agrees(wrong, [logits, labels])
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_what_cannot_be_drawn_is_named(save, tmp_path):
     config, checkpoint, _ = save()
     whole, backbone, foreign = (str(tmp_path / f'{name}.onnx') for name in ('whole', 'backbone', 'foreign'))
@@ -354,7 +354,7 @@ def test_averaging_matrices_equal_adaptive_pooling(output_size, size):
     assert relative_error(AdaptiveAverage(output_size)(x), wanted) < 1e-12
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_tools_from_fusing_to_a_picture(save, tmp_path):
     config, checkpoint, _ = save()
     fused, out, picture = tmp_path / 'fused.pth', tmp_path / 'model.onnx', tmp_path / 'high.png'

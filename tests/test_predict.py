@@ -125,9 +125,11 @@ def test_label_maps_are_those_of_mmseg(segmentor, photos, tmp_path):
 def test_classes_are_those_of_mmpretrain(photos, tmp_path):
     apis = pytest.importorskip('mmpretrain.apis')
     model = random_model(CLASSIFIER, tmp_path)
-    images, results = run(model, photos, tmp_path / 'out')
+    with DefaultScope.overwrite_default_scope('mmdet'):  # as a detector leaves it
+        images, results = run(model, photos, tmp_path / 'out')
     assert [x['name'] for x in images['categories']] == ['disk', 'rectangle', 'triangle']  # of the config
-    inferencer = apis.ImageClassificationInferencer(Config.fromfile(model[0]), str(model[1]), device='cpu')
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        inferencer = apis.ImageClassificationInferencer(Config.fromfile(model[0]), str(model[1]), device='cpu')
     for image, path in zip(images['images'], photos, strict=True):
         (wanted,) = inferencer(str(path))
         found = {x['category_id']: x['score'] for x in results if x['image_id'] == image['id']}

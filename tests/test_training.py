@@ -419,6 +419,7 @@ def test_a_training_that_diverges_stops_and_keeps_its_last_checkpoint(detection,
     assert 'DivergeHook' in config.read_text().splitlines()[-1]  # the config in the work_dir is as it was written
 
 
+@pytest.mark.exhaustive
 def test_a_new_run_in_an_old_ones_folder_says_so(detector, detection, tmp_path):
     shutil.copy(detector, tmp_path / 'epoch_12.pth')
     options = ['--work-dir', tmp_path, *detection, 'train_cfg.val_interval=9']
