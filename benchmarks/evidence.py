@@ -39,6 +39,10 @@ BACKBONES: dict[str, dict] = {
     'NAT': dict(type='mmslide.SlideNAT', arch=ARCH),
 }
 SEEDS = {'PVT': (0, 1, 2), 'Swin': (0, 1, 2), 'PVTv2': (0,), 'CSWin': (0,), 'NAT': (0,)}
+METRICS = {
+    'generated': ('bbox_mAP', 'bbox_mAP_50', 'segm_mAP', 'segm_mAP_50'),
+    'bccd': ('bbox_mAP', 'bbox_mAP_50'),
+}
 BCCD_CLASSES = ('RBC', 'WBC', 'Platelets')
 BCCD_SCALE = (256, 192)
 
@@ -162,26 +166,30 @@ def train(run: Run, folder: Path, mini: str | Path, bccd: str | Path | None) -> 
     if os.waitstatus_to_exitcode(status):
         raise ValueError(f'the training {run.name} failed: see {output.name}')
     minutes = (time.monotonic() - started) / 60
-    result = read_result(folder, usage.ru_maxrss / 1e3 * (1 if sys.platform != 'darwin' else 1e-3), minutes)
+    result = read_result(
+        folder, METRICS[run.data], usage.ru_maxrss / 1e3 * (1 if sys.platform != 'darwin' else 1e-3), minutes
+    )
     with atomic_write(file) as (path,):
         path.write_text(json.dumps(asdict(result), indent=1))
     return result
 
 
-def read_result(folder: Path, memory_mb: float, minutes: float) -> Result:
+def read_result(folder: Path, names: Sequence[str], memory_mb: float, minutes: float) -> Result:
     """From mmengine's scalars of a training, of all its parts if it was interrupted."""
     lines = [
         json.loads(line)
         for file in sorted(folder.glob('*/vis_data/scalars.json'))
         for line in file.read_text().splitlines()
     ]
-    tests = {line['step']: line for line in lines if 'coco/bbox_mAP' in line}
+    tests = {line['step']: line for line in lines if 'loss' not in line}
     if not tests:
         raise ValueError(f'{folder} has no validation: delete it, and run this again')
-    last = tests[max(tests)]
-    names = ('bbox_mAP', 'bbox_mAP_50', 'segm_mAP', 'segm_mAP_50')
-    metrics = {name: last[f'coco/{name}'] for name in names if f'coco/{name}' in last}
-    curve = [(step, tests[step]['coco/bbox_mAP']) for step in sorted(tests)]
+
+    def metric(line: dict[str, float], name: str) -> float:
+        return line.get(f'coco/{name}', 0.0)  # mmdet leaves all out where nothing was detected
+
+    metrics = {name: metric(tests[max(tests)], name) for name in names}
+    curve = [(step, metric(tests[step], 'bbox_mAP')) for step in sorted(tests)]
     steps = [line['time'] for line in lines if 'loss' in line]
     return Result(metrics, curve, statistics.median(steps), memory_mb, minutes)
 
@@ -231,9 +239,9 @@ def page(results: dict[Run, Result]) -> str:
     """docs/evidence.md"""
     generated = {run: result for run, result in results.items() if run.data == 'generated'}
     bccd = {run: result for run, result in results.items() if run.data == 'bccd'}
-    text = PAGE.format(epochs=EPOCHS, table=table(generated, ('bbox_mAP', 'bbox_mAP_50', 'segm_mAP', 'segm_mAP_50')))
+    text = PAGE.format(epochs=EPOCHS, table=table(generated, METRICS['generated']))
     if bccd:
-        text += BCCD_PAGE.format(epochs=BCCD_EPOCHS, table=table(bccd, ('bbox_mAP', 'bbox_mAP_50')))
+        text += BCCD_PAGE.format(epochs=BCCD_EPOCHS, table=table(bccd, METRICS['bccd']))
     return text
 
 

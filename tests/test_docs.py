@@ -190,7 +190,7 @@ def test_slow_blocks(page, checkout):
 @pytest.fixture
 def mkdocs():
     pytest.importorskip('material')
-    return [sys.executable, '-m', 'mkdocs', 'build', '--quiet']
+    return [sys.executable, '-m', 'mkdocs', 'build']  # --quiet would leave warnings out, and strict with them
 
 
 def build_site(mkdocs: list[str], folder: Path) -> subprocess.CompletedProcess:

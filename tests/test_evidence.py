@@ -5,7 +5,19 @@ import torch
 from helpers import tool
 from mmengine.config import Config
 
-from benchmarks.evidence import BACKBONES, Result, Run, all_runs, page, plot, read_result, run_config, table, train
+from benchmarks.evidence import (
+    BACKBONES,
+    METRICS,
+    Result,
+    Run,
+    all_runs,
+    page,
+    plot,
+    read_result,
+    run_config,
+    table,
+    train,
+)
 from mmslide.build import build_model
 from mmslide.models.attention import SlideAttention
 
@@ -76,19 +88,19 @@ def test_the_table_has_means_and_spreads(tmp_path):
 
 def test_an_interrupted_training_is_read_whole(tmp_path):
     parts = [
-        [dict(loss=3.0, time=0.2, step=50), {'coco/bbox_mAP': 0.1, 'coco/bbox_mAP_50': 0.2, 'step': 1}],
+        [dict(loss=3.0, time=0.2, step=50), dict(time=9.0, step=1)],  # nothing was detected
         [dict(loss=2.0, time=0.4, step=100), dict(loss=1.0, time=0.3, step=150)],
         [{'coco/bbox_mAP': 0.3, 'coco/bbox_mAP_50': 0.6, 'step': 2}],
     ]
     with pytest.raises(ValueError, match='has no validation'):
-        read_result(tmp_path, 1.0, 1.0)
+        read_result(tmp_path, METRICS['bccd'], 1.0, 1.0)
     for number, lines in enumerate(parts):
         folder = tmp_path / f'2026010{number}' / 'vis_data'
         folder.mkdir(parents=True)
         (folder / 'scalars.json').write_text('\n'.join(map(json.dumps, lines)))
-    found = read_result(tmp_path, 12.0, 3.0)
+    found = read_result(tmp_path, METRICS['bccd'], 12.0, 3.0)
     assert found.metrics == dict(bbox_mAP=0.3, bbox_mAP_50=0.6)
-    assert found.curve == [(1, 0.1), (2, 0.3)]
+    assert found.curve == [(1, 0.0), (2, 0.3)]
     assert found.step_seconds == 0.3
 
 
