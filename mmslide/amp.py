@@ -57,7 +57,7 @@ class BackboneAmpOptimWrapper(OptimWrapper):
 
 @contextmanager
 def _autocast(module: Any) -> Iterator[None]:
-    forward = module.forward
+    forward, replaced = module.forward, 'forward' in vars(module)
 
     def in_bfloat16(*args: Any, **kwargs: Any) -> Any:
         with torch.autocast('cpu', dtype=torch.bfloat16):
@@ -68,4 +68,7 @@ def _autocast(module: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        del module.forward
+        if replaced:
+            module.forward = forward
+        else:
+            del module.forward

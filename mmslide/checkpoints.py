@@ -147,10 +147,15 @@ def meta_of(content: Any) -> dict[str, Any]:
     return meta if isinstance(meta, dict) else {}
 
 
+def dataset_meta(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint's metadata say of its data set, such as classes and palette, with keys in lower case."""
+    given = meta.get('dataset_meta')
+    return {str(key).lower(): value for key, value in given.items()} if isinstance(given, dict) else {}
+
+
 def class_names(meta: Mapping[str, Any]) -> list[str]:
-    """Of the data set that a checkpoint was trained on, by its meta data; [] if it does not name them."""
-    dataset_meta = meta.get('dataset_meta') or {}
-    return list(dataset_meta.get('classes') or dataset_meta.get('CLASSES') or ())
+    """Of the data set that a checkpoint was trained on, by its metadata; [] if it does not name them."""
+    return list(dataset_meta(meta).get('classes') or ())
 
 
 def save_checkpoint(content: Any, file: Path) -> None:

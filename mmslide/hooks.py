@@ -11,7 +11,6 @@ from mmengine.runner import Runner
 from mmslide.checkpoints import non_finite
 from mmslide.messages import listed
 from mmslide.registry import HOOKS
-from mmslide.visualize import merged_kernels, shift_distance
 
 
 @HOOKS.register_module()
@@ -115,6 +114,8 @@ class SlideKernelHook(Hook):
 
     @staticmethod
     def _send(runner: Runner, step: int) -> None:
+        from mmslide.visualize import merged_kernels, shift_distance  # imports the exporters
+
         kernels = merged_kernels(runner.model.module if is_model_wrapper(runner.model) else runner.model)
         if not is_main_process():
             return

@@ -20,7 +20,7 @@ from mmengine.registry import DATASETS, DefaultScope
 from rich.progress import track
 
 from mmslide.build import load_weights
-from mmslide.checkpoints import check_finite, find_state_dict, meta_of, read_checkpoint
+from mmslide.checkpoints import check_finite, dataset_meta, find_state_dict, meta_of, read_checkpoint
 from mmslide.data import dicts
 from mmslide.files import atomic_write
 from mmslide.messages import listed
@@ -249,8 +249,7 @@ def _load(config: Config, checkpoint: str | Path, device: str | None) -> _Model:
 
 def _classes(config: Config, meta: dict[str, Any]) -> tuple[list[str], list[tuple[int, int, int]]]:
     """Names and colours of all classes: the checkpoint's, or else those of the config's data set."""
-    given = meta.get('dataset_meta')
-    found = {str(key).lower(): value for key, value in given.items()} if isinstance(given, dict) else {}
+    found = dataset_meta(meta)
     if not isinstance(found.get('classes'), list | tuple):
         with DefaultScope.overwrite_default_scope(config.default_scope):
             found = DATASETS.build({**config.test_dataloader.dataset, 'lazy_init': True}).metainfo

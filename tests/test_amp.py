@@ -60,6 +60,18 @@ def test_the_backbone_is_itself_again_after_an_error():
     assert not torch.is_autocast_cpu_enabled()
 
 
+def test_a_forward_that_was_replaced_before_stays():
+    model = Model()
+    calls = []
+    original = model.backbone.forward
+    model.backbone.forward = lambda *args: calls.append(1) or original(*args)
+    mine = model.backbone.forward
+    with wrapper(model).optim_context(model):
+        model.backbone(torch.randn(1, 3, 32, 32))
+    assert calls
+    assert model.backbone.forward is mine
+
+
 def test_a_distributed_model():
     store = torch.distributed.HashStore()
     torch.distributed.init_process_group('gloo', store=store, rank=0, world_size=1)
