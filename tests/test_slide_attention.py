@@ -94,7 +94,7 @@ def test_half_precision_maps_with_float32_kernels(backend, dtype):
     epsilon = torch.finfo(dtype).eps
     for name, value, wanted in zip(('out', *NAMES), run(args, grad, backend=backend), reference, strict=True):
         assert value.dtype == (torch.float32 if name in NAMES[3:] else dtype)
-        assert relative_error(value, wanted) < epsilon, name
+        assert relative_error(value, wanted) < 0.51 * epsilon, name
 
 
 @pytest.mark.parametrize('backend', ['conv', 'native', 'tapwise', 'unrolled'])
