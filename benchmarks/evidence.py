@@ -1,7 +1,8 @@
 """Slide Attention against its hosts under equal budgets, trained from scratch on small data: what `make evidence` runs.
 
 Every model is the detector of `make demo` with another backbone. Each is trained in a process of its own and leaves
-`result.json` in its folder. What is there already is not trained again; an interrupted training goes on.
+`result.json` in its folder. What is there already is not trained again; an interrupted training goes on. Times and memory
+are measured at the end, both sides in turn in one process, so that trainings may share the machine.
 """
 
 import argparse
@@ -10,8 +11,8 @@ import os
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,9 @@ from mmengine.config import Config
 
 from mmslide.files import atomic_write, find_config
 from mmslide.messages import INPUT_ERRORS, exit_on
+
+from .measure import Measurement, compare
+from .pairs import model_pair
 
 ROOT = Path(__file__).parents[1]
 DEMO = 'cascade-mask-rcnn_slide-pvt-mini_fpn_mini-coco.py'
@@ -78,16 +82,10 @@ class Result:
     Args:
         metrics: box and mask AP (the latter on generated data alone), from 0 to 1.
         curve: epoch and box AP of each validation.
-        step_seconds: median time of a training step.
-        memory_mb: most memory that the process held, PyTorch and data included.
-        minutes: of training and validation. Like the memory, of the last part of a run that was interrupted.
     """
 
     metrics: dict[str, float]
     curve: list[tuple[int, float]]
-    step_seconds: float
-    memory_mb: float
-    minutes: float
 
 
 def all_runs(bccd: bool) -> list[Run]:
@@ -150,7 +148,7 @@ def _photographs(cfg: Config, data_root: str) -> None:
         cfg.model.backbone.pretrain_img_size = BCCD_SCALE[::-1]
 
 
-def train(run: Run, folder: Path, mini: str | Path, bccd: str | Path | None) -> Result:
+def train(run: Run, folder: Path, mini: str | Path, bccd: str | Path | None, threads: int) -> Result:
     """Trains and evaluates in a process of its own, or returns what it has left before."""
     file = folder / 'result.json'
     if file.is_file():
@@ -158,23 +156,19 @@ def train(run: Run, folder: Path, mini: str | Path, bccd: str | Path | None) -> 
     folder.mkdir(parents=True, exist_ok=True)
     config = folder / f'{run.name}.py'
     run_config(run, mini, bccd).dump(config)
-    started = time.monotonic()
+    command = [sys.executable, ROOT / 'tools' / 'train.py', config, '--work-dir', folder, '--resume']
+    environment = dict(os.environ, OMP_NUM_THREADS=str(threads))
     with open(folder / 'output.txt', 'a') as output:
-        command = [sys.executable, ROOT / 'tools' / 'train.py', config, '--work-dir', folder, '--resume']
-        process = subprocess.Popen([str(x) for x in command], stdout=output, stderr=subprocess.STDOUT, cwd=ROOT)
-        _, status, usage = os.wait4(process.pid, 0)
-    if os.waitstatus_to_exitcode(status):
+        done = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, cwd=ROOT, env=environment)
+    if done.returncode:
         raise ValueError(f'the training {run.name} failed: see {output.name}')
-    minutes = (time.monotonic() - started) / 60
-    result = read_result(
-        folder, METRICS[run.data], usage.ru_maxrss / 1e3 * (1 if sys.platform != 'darwin' else 1e-3), minutes
-    )
+    result = read_result(folder, METRICS[run.data])
     with atomic_write(file) as (path,):
         path.write_text(json.dumps(asdict(result), indent=1))
     return result
 
 
-def read_result(folder: Path, names: Sequence[str], memory_mb: float, minutes: float) -> Result:
+def read_result(folder: Path, names: Sequence[str]) -> Result:
     """From mmengine's scalars of a training, of all its parts if it was interrupted."""
     lines = [
         json.loads(line)
@@ -189,29 +183,29 @@ def read_result(folder: Path, names: Sequence[str], memory_mb: float, minutes: f
         return line.get(f'coco/{name}', 0.0)  # mmdet leaves all out where nothing was detected
 
     metrics = {name: metric(tests[max(tests)], name) for name in names}
-    curve = [(step, metric(tests[step], 'bbox_mAP')) for step in sorted(tests)]
-    steps = [line['time'] for line in lines if 'loss' in line]
-    return Result(metrics, curve, statistics.median(steps), memory_mb, minutes)
+    return Result(metrics, [(step, metric(tests[step], 'bbox_mAP')) for step in sorted(tests)])
 
 
-def table(results: dict[Run, Result], metrics: Sequence[str]) -> str:
+def measure(data: str, host: str, mini: str | Path, bccd: str | Path | None) -> dict[str, Measurement]:
+    """Forward and backward of both models, from images to the RPN's outputs, by the model's name."""
+    slide, plain = (Run(data, host, slide, 0) for slide in (True, False))
+    configs = [run_config(run, mini, bccd) for run in (slide, plain)]
+    width, height = BCCD_SCALE if data == 'bccd' else configs[0].image_scale
+    pair = model_pair(*configs, height, width, batch=configs[0].train_dataloader.batch_size, training=True)
+    measurements = compare(pair.ours, pair.baseline, True, pair.tolerance, seconds=20)
+    return dict(zip((slide.model, plain.model), measurements, strict=True))
+
+
+def table(results: dict[Run, Result], costs: dict[str, Measurement], metrics: Sequence[str]) -> str:
     """Markdown: a row for each model, mean and spread (sample standard deviation) over the seeds."""
     heads = {'bbox_mAP': 'box AP', 'bbox_mAP_50': 'box AP50', 'segm_mAP': 'mask AP', 'segm_mAP_50': 'mask AP50'}
-    columns = ['model', 'seeds', *(heads[name] for name in metrics), 's a step', 'MB', 'minutes']
+    columns = ['model', 'seeds', *(heads[name] for name in metrics), 'ms', 'MB']
     rows = [columns, ['---'] * len(columns)]
     for model in dict.fromkeys(run.model for run in results):
         found = [result for run, result in results.items() if run.model == model]
-        values = [[result.metrics[name] for result in found] for name in metrics]
-        rows.append(
-            [
-                model,
-                str(len(found)),
-                *(_mean(numbers) for numbers in values),
-                f'{statistics.mean(x.step_seconds for x in found):.3f}',
-                f'{statistics.mean(x.memory_mb for x in found):.0f}',
-                f'{max(x.minutes for x in found):.0f}',
-            ]
-        )
+        values = [_mean([result.metrics[name] for result in found]) for name in metrics]
+        cost = costs[model]
+        rows.append([model, str(len(found)), *values, f'{1e3 * cost.seconds:.0f}', f'{cost.peak_bytes / 1e6:.0f}'])
     return '\n'.join(f'| {" | ".join(row)} |' for row in rows)
 
 
@@ -235,13 +229,15 @@ def plot(results: dict[Run, Result], file: Path) -> None:
     figure.savefig(file, dpi=100)
 
 
-def page(results: dict[Run, Result]) -> str:
-    """docs/evidence.md"""
-    generated = {run: result for run, result in results.items() if run.data == 'generated'}
-    bccd = {run: result for run, result in results.items() if run.data == 'bccd'}
-    text = PAGE.format(epochs=EPOCHS, cores=os.cpu_count(), table=table(generated, METRICS['generated']))
-    if bccd:
-        text += BCCD_PAGE.format(epochs=BCCD_EPOCHS, table=table(bccd, METRICS['bccd']))
+def page(results: dict[Run, Result], costs: dict[str, dict[str, Measurement]]) -> str:
+    """docs/evidence.md; `costs` by data set and model."""
+    tables = {
+        data: table({run: x for run, x in results.items() if run.data == data}, costs[data], METRICS[data])
+        for data in dict.fromkeys(run.data for run in results)
+    }
+    text = PAGE.format(epochs=EPOCHS, cores=os.cpu_count(), table=tables['generated'])
+    if 'bccd' in tables:
+        text += BCCD_PAGE.format(epochs=BCCD_EPOCHS, table=tables['bccd'])
     return text
 
 
@@ -249,25 +245,25 @@ PAGE = """\
 # Evidence that it learns
 
 Slide Attention against its host under equal budgets: the detector of `make demo` (Mask R-CNN in a cascade of two), from
-scratch, on the 1600 generated training images, {epochs} epochs, on {cores} CPU cores. Both sides have the same widths,
-depths, data, order of images and schedule; Slide Attention stands in the first two stages. The models are small (48 to
-256 channels, two blocks a stage). Mean ± sample standard deviation over the seeds.
+scratch, on the 1600 generated training images, {epochs} epochs. Both sides have the same widths, depths, data, order of
+images and schedule; Slide Attention is in the first two stages. The models are small (48 to 256 channels, two blocks per
+stage). Mean ± sample standard deviation over the seeds.
 
 <!-- not run: trains for hours -->
 ```shell
-make evidence              # goes on where it was interrupted
+make evidence              # continues where it was interrupted
 make evidence BCCD=FOLDER  # with the photographs below
 ```
 
 {table}
 
-"MB" is the most memory that the training process held, PyTorch and images included; "minutes" the longest of the seeds,
-training and validation.
+"ms" and "MB" are time and peak memory of a forward and backward pass of backbone, neck and RPN with four images, measured
+in turn with the other model of the pair on {cores} CPU cores.
 
 ![Box AP against epochs](images/evidence.png)
 
-**What this says.** Slide Attention trains from scratch to the accuracy shown, with the time and memory shown, on these
-data. **What it does not say.** Nothing about COCO or ImageNet: images are 128 pixels wide and have three classes, the
+**What this shows.** Slide Attention trains from scratch to the accuracy above, with the time and memory above, on this
+data. **What it does not show.** Anything about COCO or ImageNet: images are 128 pixels wide and have three classes, the
 models are small, and training stops after a few minutes. Differences below two standard deviations are noise, and a
 single seed says little.
 """
@@ -276,8 +272,8 @@ BCCD_PAGE = """
 ## Photographs
 
 [BCCD](https://github.com/Shenggan/BCCD_Dataset): 364 microscope photographs of blood cells (292 for training, 72 for
-validation) with boxes of three classes of their own, under the MIT license, converted to COCO's format. The same
-detector without its mask head, at 256×192, {epochs} epochs from scratch.
+validation) with boxes of three classes, under the MIT license, converted to COCO's format. The same detector without its
+mask head, at 256×192, {epochs} epochs from scratch.
 
 {table}
 """
@@ -287,18 +283,29 @@ def main(arguments: Iterable[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description='Train Slide models and their hosts under equal budgets.')
     parser.add_argument('--mini', default='data/mini', help='generated data set (default: %(default)s)')
     parser.add_argument('--bccd', help='BCCD in the layout of COCO 2017; default: without it')
+    parser.add_argument('--jobs', type=int, default=1, help='trainings at a time, which share the cores (default: 1)')
     parser.add_argument('--work-dir', default='work_dirs/evidence', help='of the trainings (default: %(default)s)')
     parser.add_argument('--page', default='docs/evidence.md', help='page to write (default: %(default)s)')
     args = parser.parse_args(None if arguments is None else list(arguments))
+    data = args.mini, args.bccd
+    threads = max(1, (os.cpu_count() or 1) // args.jobs)
+
+    def train_and_report(run: Run) -> Result:
+        result = train(run, Path(args.work_dir, run.name), *data, threads)
+        print(f'{run.name}: {result.metrics}', flush=True)
+        return result
+
     with exit_on(*INPUT_ERRORS):
-        runs, results = all_runs(bool(args.bccd)), {}
-        for number, run in enumerate(runs, start=1):
-            print(f'{number} of {len(runs)}: {run.name}', flush=True)
-            results[run] = train(run, Path(args.work_dir, run.name), args.mini, args.bccd)
+        runs = all_runs(bool(args.bccd))
+        with ThreadPoolExecutor(args.jobs) as pool:
+            results = dict(zip(runs, pool.map(train_and_report, runs), strict=True))
+        costs: dict[str, dict[str, Measurement]] = {}
+        for name, host in dict.fromkeys((run.data, run.host) for run in runs):
+            costs.setdefault(name, {}).update(measure(name, host, *data))
         image = Path(args.page).parent / 'images' / 'evidence.png'
         image.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(args.page, image) as (text, drawing):
-            text.write_text(page(results))
+            text.write_text(page(results, costs))
             plot(results, drawing)
     print(f'{args.page} is written')
 

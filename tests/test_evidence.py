@@ -11,6 +11,7 @@ from benchmarks.evidence import (
     Result,
     Run,
     all_runs,
+    measure,
     page,
     plot,
     read_result,
@@ -18,6 +19,7 @@ from benchmarks.evidence import (
     table,
     train,
 )
+from benchmarks.measure import Measurement
 from mmslide.build import build_model
 from mmslide.models.attention import SlideAttention
 
@@ -65,25 +67,29 @@ def test_photographs_have_their_classes_and_no_masks():
         run_config(Run('bccd', 'PVT', True, 2), 'data/mini', None)
 
 
-def result(box, step=1):
-    return Result(dict(bbox_mAP=box, bbox_mAP_50=2 * box), [(1, box / 2), (2, box)], 0.25 * step, 1000.0, 7.6)
+def result(box):
+    return Result(dict(bbox_mAP=box, bbox_mAP_50=2 * box), [(1, box / 2), (2, box)])
+
+
+COSTS = {'Slide-PVT': Measurement(0.5, 10**8, 0), 'PVT': Measurement(0.25, 2 * 10**8, 0)}
 
 
 def test_the_table_has_means_and_spreads(tmp_path):
     results = {
         Run('generated', 'PVT', True, 0): result(0.1),
-        Run('generated', 'PVT', True, 1): result(0.3, step=3),
+        Run('generated', 'PVT', True, 1): result(0.3),
         Run('generated', 'PVT', False, 0): result(0.25),
     }
-    lines = table(results, ('bbox_mAP', 'bbox_mAP_50')).splitlines()
-    assert lines[2] == '| Slide-PVT | 2 | 0.200 ± 0.141 | 0.400 ± 0.283 | 0.500 | 1000 | 8 |'
-    assert lines[3] == '| PVT | 1 | 0.250 | 0.500 | 0.250 | 1000 | 8 |'
+    lines = table(results, COSTS, ('bbox_mAP', 'bbox_mAP_50')).splitlines()
+    assert lines[2] == '| Slide-PVT | 2 | 0.200 ± 0.141 | 0.400 ± 0.283 | 500 | 100 |'
+    assert lines[3] == '| PVT | 1 | 0.250 | 0.500 | 250 | 200 |'
     plot(results, tmp_path / 'curves.png')
     assert (tmp_path / 'curves.png').stat().st_size > 1000
     for x in results.values():
         x.metrics.update(segm_mAP=0.5, segm_mAP_50=0.75)
-    assert '## Photographs' not in page(results)
-    assert '## Photographs' in page({**results, Run('bccd', 'PVT', True, 0): result(0.5)})
+    costs = dict(generated=COSTS, bccd=COSTS)
+    assert '## Photographs' not in page(results, costs)
+    assert '## Photographs' in page({**results, Run('bccd', 'PVT', True, 0): result(0.5)}, costs)
 
 
 def test_an_interrupted_training_is_read_whole(tmp_path):
@@ -93,15 +99,21 @@ def test_an_interrupted_training_is_read_whole(tmp_path):
         [{'coco/bbox_mAP': 0.3, 'coco/bbox_mAP_50': 0.6, 'step': 2}],
     ]
     with pytest.raises(ValueError, match='has no validation'):
-        read_result(tmp_path, METRICS['bccd'], 1.0, 1.0)
+        read_result(tmp_path, METRICS['bccd'])
     for number, lines in enumerate(parts):
         folder = tmp_path / f'2026010{number}' / 'vis_data'
         folder.mkdir(parents=True)
         (folder / 'scalars.json').write_text('\n'.join(map(json.dumps, lines)))
-    found = read_result(tmp_path, METRICS['bccd'], 12.0, 3.0)
+    found = read_result(tmp_path, METRICS['bccd'])
     assert found.metrics == dict(bbox_mAP=0.3, bbox_mAP_50=0.6)
     assert found.curve == [(1, 0.0), (2, 0.3)]
-    assert found.step_seconds == 0.3
+
+
+def test_both_sides_are_measured_as_they_train(monkeypatch):
+    monkeypatch.setattr('benchmarks.evidence.compare', lambda ours, baseline, training, *_, **__: (ours, baseline))
+    sides = measure('bccd', 'PVT', 'data/mini', 'cells')
+    assert [side.inputs['image'].shape for side in sides.values()] == [(4, 3, 192, 256)] * 2
+    assert list(sides) == ['Slide-PVT', 'PVT']
 
 
 @pytest.mark.exhaustive
@@ -110,10 +122,8 @@ def test_a_run_trains_once(tmp_path, monkeypatch):
     tool('make_mini_dataset', mini, '--num-train', 8, '--num-val', 4, '--size', 64)
     monkeypatch.setattr('benchmarks.evidence.EPOCHS', 1)
     run = Run('generated', 'PVT', True, 0)
-    found = train(run, tmp_path / run.name, mini, None)
+    found = train(run, tmp_path / run.name, mini, None, threads=1)
     assert set(found.metrics) == {'bbox_mAP', 'bbox_mAP_50', 'segm_mAP', 'segm_mAP_50'}
-    assert found.memory_mb > 100
-    assert found.step_seconds > 0
-    monkeypatch.setattr('subprocess.Popen', None)
-    again = train(run, tmp_path / run.name, mini, None)
+    monkeypatch.setattr('subprocess.run', None)
+    again = train(run, tmp_path / run.name, mini, None, threads=1)
     assert again.metrics == found.metrics

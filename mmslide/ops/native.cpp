@@ -103,6 +103,13 @@ const float* widened(const T* from, std::vector<float>& memory) {
   return memory.data();
 }
 
+constexpr int AHEAD = 2;  // pixels, for prefetching
+
+template <class T>
+inline void prefetch_channels(const T* from, int64_t count) {
+  for (int64_t c = 0; c < count; c += 64 / sizeof(T)) __builtin_prefetch(from + c);
+}
+
 inline Vec all(float x) { return Vec{} + x; }
 
 inline float sum(Vec x) { return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7])); }
@@ -141,23 +148,34 @@ inline Vec sums(const Vec* x) {
 // Slots as whole vectors.
 constexpr int padded(int slots) { return (slots + LANES - 1) / LANES * LANES; }
 
-// In place, of `slots` logits in memory for padded(slots). NaN in one makes all NaN.
-inline void softmax(float* x, int slots) {
-  for (int j = slots; j < padded(slots); ++j) x[j] = -INFINITY;
+inline float largest(Vec x) {
+  const Vec fours = SHUFFLE(x, x, 4, 5, 6, 7, 0, 1, 2, 3);
+  x = x > fours ? x : fours;
+  const Vec twos = SHUFFLE(x, x, 2, 3, 0, 1, 6, 7, 4, 5);
+  x = x > twos ? x : twos;
+  return x[0] > x[1] ? x[0] : x[1];
+}
+
+// In place, of SLOTS logits in memory for padded(SLOTS), which ends in zeros, up to the factor that it returns. NaN in one
+// makes all NaN.
+template <int SLOTS>
+inline float softmax(float* x) {
+  const IntVec inside = IntVec{0, 1, 2, 3, 4, 5, 6, 7} < IntVec{} + (SLOTS - (padded(SLOTS) - LANES));
+  float* last = x + padded(SLOTS) - LANES;
+  store(last, inside ? load(last) : all(-INFINITY));
   Vec most = load(x), total = {};
-  for (int j = LANES; j < padded(slots); j += LANES) {
+  for (int j = LANES; j < padded(SLOTS); j += LANES) {
     const Vec part = load(x + j);
     most = part > most ? part : most;
   }
-  float largest = most[0];
-  for (int j = 1; j < LANES; ++j) largest = most[j] > largest ? most[j] : largest;
-  for (int j = 0; j < padded(slots); j += LANES) {
-    const Vec part = exp_of_negative(load(x + j) - largest);
+  const float shift = largest(most);
+  for (int j = 0; j < padded(SLOTS); j += LANES) {
+    Vec part = exp_of_negative(load(x + j) - shift);
+    if (x + j == last) part = inside ? part : Vec{};
     total += part;
     store(x + j, part);
   }
-  const Vec factor = all(1 / sum(total));
-  for (int j = 0; j < padded(slots); j += LANES) store(x + j, load(x + j) * factor);
+  return 1 / sum(total);
 }
 
 }  // namespace
@@ -189,84 +207,139 @@ T* at(const Map& map, int64_t image, int64_t row, int64_t column, int64_t head) 
   return static_cast<T*>(map.data) + image * map.image + row * map.row + column * map.column + head * map.head;
 }
 
+// Where the pixels of a window are in a map, counted from a pixel that is (row, column) before its corner.
 template <class T, int K>
+struct Window {
+  const Map& map;
+  const int64_t head_dims;
+  int64_t offsets[K * K];
+
+  Window(const Call& call, const Map& map, int64_t row, int64_t column) : map(map), head_dims(call.head_dims) {
+    for (int i = 0; i < K * K; ++i) offsets[i] = (row + i / K) * map.row + (column + i % K) * map.column;
+  }
+
+  // The column that comes into the window in a moment. Processors do not foresee it, since the pixels of a head are far
+  // from each other.
+  void prefetch(const T* pixel) const {
+    for (int i = K - 1; i < K * K; i += K) prefetch_channels(pixel + offsets[i] + AHEAD * map.column, head_dims);
+  }
+};
+
+// HEAD_DIMS is that of the call, or 0 for any: the compiler unrolls loops over the usual ones.
+template <class T, int K, int HEAD_DIMS>
 struct SlidePixel {
   static constexpr int SLOTS = K * K, TAPS = SLOTS + 1, POSITIONS = SLOTS;
 
   const Call& call;
-  const int64_t chunks;
+  const Window<T, K> keys, values;
+  const Window<float, K> grad_keys, grad_values;
   std::vector<T> ones;
-  std::vector<float> unused, query_memory, grad_memory;
+  std::vector<float> unused, query_memory, grad_memory, biases;
+  int64_t image, y, x;
   // Of each tap on the map, and of the bias, a tap whose neighbour is all ones.
+  int64_t begin_row = -1, end_row, begin_column, end_column;
   int taps;
   int tap[SLOTS + 1];
   const T *key[SLOTS + 1], *value[SLOTS + 1];
   float *grad_key[SLOTS + 1], *grad_value[SLOTS + 1];
-  const float *query, *mask, *rpb;
-  float query_sum;
-  alignas(32) float attention[padded(SLOTS)], dropped[padded(SLOTS)];
+  const float *query, *mask, *rpb, *dropped;
+  float query_sum, factor;
+  alignas(32) float attention[padded(SLOTS)], masked[padded(SLOTS)];
 
   explicit SlidePixel(const Call& call)
       : call(call),
-        chunks(call.head_dims / LANES),
+        keys(call, call.k, -(K / 2), -(K / 2)),
+        values(call, call.v, -(K / 2), -(K / 2)),
+        grad_keys(call, call.grad_k, -(K / 2), -(K / 2)),
+        grad_values(call, call.grad_v, -(K / 2), -(K / 2)),
         ones(call.head_dims),
         unused(call.head_dims),
         query_memory(call.head_dims),
-        grad_memory(call.head_dims) {
+        grad_memory(call.head_dims),
+        biases(call.heads * padded(SLOTS)) {
     for (int64_t c = 0; c < call.head_dims; c += LANES) store(ones.data() + c, all(1.0f));
+    for (int64_t i = 0; i < call.heads * SLOTS; ++i) biases[i / SLOTS * padded(SLOTS) + i % SLOTS] = call.rpb[i];
   }
 
-  void place(int64_t image, int64_t y, int64_t x, int64_t head) {
-    query = widened(at<T>(call.q, image, y, x, head), query_memory);
-    rpb = call.rpb + head * SLOTS;
-    mask = call.mask;
-    if (mask) mask += (((image * call.height + y) * call.width + x) * call.heads + head) * SLOTS;
+  int64_t chunks() const { return (HEAD_DIMS ? HEAD_DIMS : call.head_dims) / LANES; }
+
+  void place(int64_t at_image, int64_t at_y, int64_t at_x) {
+    image = at_image, y = at_y, x = at_x;
+    const int64_t top = std::max<int64_t>(K / 2 - y, 0), bottom = std::min<int64_t>(call.height + K / 2 - y, K);
+    const int64_t left = std::max<int64_t>(K / 2 - x, 0), right = std::min<int64_t>(call.width + K / 2 - x, K);
+    if (top == begin_row && bottom == end_row && left == begin_column && right == end_column) return;
+    begin_row = top, end_row = bottom, begin_column = left, end_column = right;
     taps = 0;
-    for (int i = 0; i < K; ++i)
-      for (int j = 0; j < K; ++j) {
-        int64_t row = y + i - K / 2, column = x + j - K / 2;
-        if (row < 0 || row >= call.height || column < 0 || column >= call.width) continue;
-        tap[taps] = i * K + j;
-        key[taps] = at<T>(call.k, image, row, column, head);
-        value[taps] = at<T>(call.v, image, row, column, head);
-        if (call.grad_k.data) {
-          grad_key[taps] = at<float>(call.grad_k, image, row, column, head);
-          grad_value[taps] = at<float>(call.grad_v, image, row, column, head);
-        }
-        ++taps;
-      }
+    for (int64_t i = top; i < bottom; ++i)
+      for (int64_t j = left; j < right; ++j) tap[taps++] = i * K + j;
     tap[taps] = SLOTS;
     key[taps] = value[taps] = ones.data();
     grad_key[taps] = grad_value[taps] = unused.data();
     ++taps;
   }
 
-  int64_t kernel(int t, int64_t chunk) const { return (tap[t] * chunks + chunk) * SLOTS * LANES; }
+  void pick(int64_t head) {
+    query = widened(at<T>(call.q, image, y, x, head), query_memory);
+    rpb = biases.data() + head * padded(SLOTS);
+    mask = call.mask;
+    if (mask) mask += (((image * call.height + y) * call.width + x) * call.heads + head) * SLOTS;
+    prefetch_channels(at<T>(call.q, image, y, x + AHEAD, head), call.head_dims);
+    prefetch_channels(at<T>(call.out, image, y, x + AHEAD, head), call.head_dims);
+    const T *own_key = at<T>(call.k, image, y, x, head), *own_value = at<T>(call.v, image, y, x, head);
+    keys.prefetch(own_key);
+    values.prefetch(own_value);
+    for (int t = 0; t < taps - 1; ++t) {
+      key[t] = own_key + keys.offsets[tap[t]];
+      value[t] = own_value + values.offsets[tap[t]];
+    }
+    if (!call.grad_k.data) return;
+    prefetch_channels(at<T>(call.grad_q, image, y, x + AHEAD, head), call.head_dims);
+    float *own_grad_key = at<float>(call.grad_k, image, y, x, head);
+    float *own_grad_value = at<float>(call.grad_v, image, y, x, head);
+    grad_keys.prefetch(own_grad_key);
+    grad_values.prefetch(own_grad_value);
+    for (int t = 0; t < taps - 1; ++t) {
+      grad_key[t] = own_grad_key + grad_keys.offsets[tap[t]];
+      grad_value[t] = own_grad_value + grad_values.offsets[tap[t]];
+    }
+  }
 
-  // Σ_t Σ_c x_c · map_c(p + t) · W[c, j, t], biases included.
-  void gather(const float* x, const T* const* map, float* sums) const {
-    Vec sum_of[SLOTS] = {};
+  int64_t kernel(int t, int64_t chunk) const { return (tap[t] * chunks() + chunk) * SLOTS * LANES; }
+
+  // Σ_t Σ_c x_c · map_c(p + t) · W[c, j, t] for each slot, biases included, then Σ_c x_c, in memory for padded(SLOTS).
+  void gather(const float* x, const T* const* map, float* out) const {
+    Vec sum_of[padded(SLOTS)] = {};
+    for (int64_t c = 0; c < chunks(); ++c) sum_of[SLOTS] += load(x + c * LANES);
     for (int t = 0; t < taps; ++t)
-      for (int64_t c = 0; c < chunks; ++c) {
+      for (int64_t c = 0; c < chunks(); ++c) {
         const Vec product = load(x + c * LANES) * load(map[t] + c * LANES);
         const float* w = call.kernels + kernel(t, c);
         for (int j = 0; j < SLOTS; ++j) sum_of[j] += product * load(w + j * LANES);
       }
-    for (int j = 0; j < SLOTS; ++j) sums[j] = sum(sum_of[j]);
+    for (int j = 0; j < padded(SLOTS); j += LANES) store(out + j, sums(sum_of + j));
   }
 
   void attend() {
-    query_sum = 0;
-    for (int64_t c = 0; c < chunks; ++c) query_sum += sum(load(query + c * LANES));
     gather(query, key, attention);
-    for (int j = 0; j < SLOTS; ++j) attention[j] = call.scale * (attention[j] + query_sum * rpb[j]);
-    softmax(attention, SLOTS);
-    for (int j = 0; j < SLOTS; ++j) dropped[j] = mask ? attention[j] * mask[j] : attention[j];
+    query_sum = attention[SLOTS];
+    for (int j = 0; j < padded(SLOTS); j += LANES)
+      store(attention + j, call.scale * (load(attention + j) + query_sum * load(rpb + j)));
+    factor = softmax<SLOTS>(attention);
+    dropped = attention;
+    if (!mask) return;
+    for (int j = 0; j < SLOTS; ++j) masked[j] = attention[j] * mask[j];
+    dropped = masked;
+  }
+
+  void normalize() {
+    for (int j = 0; j < padded(SLOTS); j += LANES) store(attention + j, load(attention + j) * factor);
+    if (mask)
+      for (int j = 0; j < SLOTS; ++j) masked[j] *= factor;
   }
 
   void forward(T* out) {
     attend();
-    for (int64_t c = 0; c < chunks; ++c) {
+    for (int64_t c = 0; c < chunks(); ++c) {
       Vec result = {};
       for (int t = 0; t < taps; ++t) {
         const float* w = call.kernels + kernel(t, c);
@@ -274,27 +347,31 @@ struct SlidePixel {
         for (int j = 0; j < SLOTS; ++j) kernel_sum += dropped[j] * load(w + j * LANES);
         result += kernel_sum * load(value[t] + c * LANES);
       }
-      store(out + c * LANES, result);
+      store(out + c * LANES, result * factor);
     }
   }
 
   template <bool PARAMETERS>
   void backward(const T* grad_out, T* grad_query, float* grad_kernels, float* grad_rpb) {
     attend();
+    normalize();
     const float* grad = widened(grad_out, grad_memory);
     alignas(32) float grad_logits[padded(SLOTS)];
     gather(grad, value, grad_logits);
-    float mean = 0;
     if (mask)
       for (int j = 0; j < SLOTS; ++j) grad_logits[j] *= mask[j];
-    for (int j = 0; j < SLOTS; ++j) mean += attention[j] * grad_logits[j];
-    float of_query_sum = 0;
-    for (int j = 0; j < SLOTS; ++j) {
-      grad_logits[j] = call.scale * attention[j] * (grad_logits[j] - mean);
-      if constexpr (PARAMETERS) grad_rpb[j] += query_sum * grad_logits[j];
-      of_query_sum += rpb[j] * grad_logits[j];
+    Vec products = {}, of_query = {};
+    for (int j = 0; j < padded(SLOTS); j += LANES) products += load(attention + j) * load(grad_logits + j);
+    const float mean = sum(products);
+    for (int j = 0; j < padded(SLOTS); j += LANES) {
+      const Vec part = call.scale * load(attention + j) * (load(grad_logits + j) - mean);
+      of_query += load(rpb + j) * part;
+      store(grad_logits + j, part);
     }
-    for (int64_t c = 0; c < chunks; ++c) {
+    if constexpr (PARAMETERS)
+      for (int j = 0; j < SLOTS; ++j) grad_rpb[j] += query_sum * grad_logits[j];
+    const float of_query_sum = sum(of_query);
+    for (int64_t c = 0; c < chunks(); ++c) {
       const Vec query_part = load(query + c * LANES), grad_part = load(grad + c * LANES);
       Vec result = all(of_query_sum);
       for (int t = 0; t < taps; ++t) {
@@ -326,33 +403,58 @@ struct NeighborhoodPixel {
 
   const Call& call;
   const int64_t chunks;
-  const float *query, *mask, *rpb;
+  const Window<T, K> keys, values;
+  const Window<float, K> grad_keys, grad_values;
+  int64_t image, y, x, top, left;
+  const float *query, *mask, *rpb, *dropped;
   std::vector<float> query_memory, grad_memory;
   int64_t position;  // of the first slot in rpb
+  float factor;
   const T *key[SLOTS], *value[SLOTS];
   float *grad_key[SLOTS], *grad_value[SLOTS];
-  alignas(32) float attention[padded(SLOTS)], dropped[padded(SLOTS)];
+  alignas(32) float attention[padded(SLOTS)], masked[padded(SLOTS)];
 
   explicit NeighborhoodPixel(const Call& call)
-      : call(call), chunks(call.head_dims / LANES), query_memory(call.head_dims), grad_memory(call.head_dims) {}
+      : call(call),
+        chunks(call.head_dims / LANES),
+        keys(call, call.k, 0, 0),
+        values(call, call.v, 0, 0),
+        grad_keys(call, call.grad_k, 0, 0),
+        grad_values(call, call.grad_v, 0, 0),
+        query_memory(call.head_dims),
+        grad_memory(call.head_dims) {}
 
-  void place(int64_t image, int64_t y, int64_t x, int64_t head) {
+  void place(int64_t at_image, int64_t at_y, int64_t at_x) {
+    image = at_image, y = at_y, x = at_x;
+    top = std::min(std::max<int64_t>(y - K / 2, 0), call.height - K);
+    left = std::min(std::max<int64_t>(x - K / 2, 0), call.width - K);
+    position = (top - y + K - 1) * SIDE + left - x + K - 1;
+  }
+
+  void pick(int64_t head) {
     query = widened(at<T>(call.q, image, y, x, head), query_memory);
     rpb = call.rpb + head * POSITIONS;
     mask = call.mask;
     if (mask) mask += (((image * call.height + y) * call.width + x) * call.heads + head) * SLOTS;
-    const int64_t top = std::min(std::max<int64_t>(y - K / 2, 0), call.height - K);
-    const int64_t left = std::min(std::max<int64_t>(x - K / 2, 0), call.width - K);
-    position = (top - y + K - 1) * SIDE + left - x + K - 1;
-    for (int i = 0; i < K; ++i)
-      for (int j = 0; j < K; ++j) {
-        key[i * K + j] = at<T>(call.k, image, top + i, left + j, head);
-        value[i * K + j] = at<T>(call.v, image, top + i, left + j, head);
-        if (call.grad_k.data) {
-          grad_key[i * K + j] = at<float>(call.grad_k, image, top + i, left + j, head);
-          grad_value[i * K + j] = at<float>(call.grad_v, image, top + i, left + j, head);
-        }
-      }
+    prefetch_channels(at<T>(call.q, image, y, x + AHEAD, head), call.head_dims);
+    prefetch_channels(at<T>(call.out, image, y, x + AHEAD, head), call.head_dims);
+    const T *first_key = at<T>(call.k, image, top, left, head), *first_value = at<T>(call.v, image, top, left, head);
+    keys.prefetch(first_key);
+    values.prefetch(first_value);
+    for (int j = 0; j < SLOTS; ++j) {
+      key[j] = first_key + keys.offsets[j];
+      value[j] = first_value + values.offsets[j];
+    }
+    if (!call.grad_k.data) return;
+    prefetch_channels(at<T>(call.grad_q, image, y, x + AHEAD, head), call.head_dims);
+    float *first_grad_key = at<float>(call.grad_k, image, top, left, head);
+    float *first_grad_value = at<float>(call.grad_v, image, top, left, head);
+    grad_keys.prefetch(first_grad_key);
+    grad_values.prefetch(first_grad_value);
+    for (int j = 0; j < SLOTS; ++j) {
+      grad_key[j] = first_grad_key + grad_keys.offsets[j];
+      grad_value[j] = first_grad_value + grad_values.offsets[j];
+    }
   }
 
   // Σ_c x_c · map_c for each slot, in memory for padded(SLOTS): a row of the window at a time, and what is written too
@@ -373,8 +475,17 @@ struct NeighborhoodPixel {
     for (int i = 0; i < K; ++i)
       for (int j = 0; j < K; ++j)
         attention[i * K + j] = call.scale * attention[i * K + j] + rpb[position + i * SIDE + j];
-    softmax(attention, SLOTS);
-    for (int j = 0; j < SLOTS; ++j) dropped[j] = mask ? attention[j] * mask[j] : attention[j];
+    factor = softmax<SLOTS>(attention);
+    dropped = attention;
+    if (!mask) return;
+    for (int j = 0; j < SLOTS; ++j) masked[j] = attention[j] * mask[j];
+    dropped = masked;
+  }
+
+  void normalize() {
+    for (int j = 0; j < padded(SLOTS); j += LANES) store(attention + j, load(attention + j) * factor);
+    if (mask)
+      for (int j = 0; j < SLOTS; ++j) masked[j] *= factor;
   }
 
   void forward(T* out) {
@@ -382,13 +493,14 @@ struct NeighborhoodPixel {
     for (int64_t c = 0; c < chunks * LANES; c += LANES) {
       Vec result[2] = {};  // two, since one sum would wait for itself
       for (int j = 0; j < SLOTS; ++j) result[j % 2] += dropped[j] * load(value[j] + c);
-      store(out + c, result[0] + result[1]);
+      store(out + c, (result[0] + result[1]) * factor);
     }
   }
 
   template <bool PARAMETERS>
   void backward(const T* grad_out, T* grad_query, float*, float* grad_rpb) {
     attend();
+    normalize();
     const float* grad = widened(grad_out, grad_memory);
     alignas(32) float grad_logits[padded(SLOTS)];
     products(grad, value, grad_logits);
@@ -415,6 +527,13 @@ struct NeighborhoodPixel {
   }
 };
 
+template <class T, int K>
+using SlidePixel32 = SlidePixel<T, K, 32>;
+template <class T, int K>
+using SlidePixel64 = SlidePixel<T, K, 64>;
+template <class T, int K>
+using AnySlidePixel = SlidePixel<T, K, 0>;
+
 // Adds a row's sums to the total and starts the next row.
 inline void add(std::vector<float>& row, float* total) {
   for (size_t i = 0; i < row.size(); ++i) total[i] += row[i];
@@ -429,11 +548,13 @@ void forward(const Call& call) {
 #pragma omp for collapse(2) schedule(static)
     for (int64_t image = 0; image < call.batch; ++image)
       for (int64_t y = 0; y < call.height; ++y)
-        for (int64_t x = 0; x < call.width; ++x)
+        for (int64_t x = 0; x < call.width; ++x) {
+          pixel.place(image, y, x);
           for (int64_t head = 0; head < call.heads; ++head) {
-            pixel.place(image, y, x, head);
+            pixel.pick(head);
             pixel.forward(at<T>(call.out, image, y, x, head));
           }
+        }
   }
 }
 
@@ -457,13 +578,15 @@ void backward(const Call& call) {
       for (int64_t image = 0; image < call.batch; ++image)
         for (int64_t strip = parity; strip < strips; strip += 2)
           for (int64_t y = strip * height / strips; y < (strip + 1) * height / strips; ++y) {
-            for (int64_t x = 0; x < call.width; ++x)
+            for (int64_t x = 0; x < call.width; ++x) {
+              pixel.place(image, y, x);
               for (int64_t head = 0; head < call.heads; ++head) {
-                pixel.place(image, y, x, head);
+                pixel.pick(head);
                 pixel.template backward<PARAMETERS>(
                     at<T>(call.out, image, y, x, head), at<T>(call.grad_q, image, y, x, head), row_kernels.data(),
                     row_rpb.data() + head * Pixel<T, K>::POSITIONS);
               }
+            }
             add(row_kernels, grad_kernels);
             add(row_rpb, grad_rpb);
           }
@@ -509,7 +632,11 @@ void slide_attention_large_pages(void* data, int64_t bytes) {
 }
 
 // Forward, or backward if the gradient of k has memory. The kernel sizes and dtypes are those that native.py lets through.
-void slide_attention(const Call* call) { run<SlidePixel>(*call); }
+void slide_attention(const Call* call) {
+  if (call->head_dims == 32) run<SlidePixel32>(*call);
+  else if (call->head_dims == 64) run<SlidePixel64>(*call);
+  else run<AnySlidePixel>(*call);
+}
 
 void neighborhood_attention(const Call* call) { run<NeighborhoodPixel>(*call); }
 }
