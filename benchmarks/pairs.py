@@ -71,8 +71,8 @@ def op_pair(
 ) -> Pair:
     """Slide Attention on a map (batch, height, width, embed_dims), random parameters in both paths.
 
-    Both sides get q, k, v as views of one projection and the kernels of both paths, as the module has them: merging
-    them is part of ours.
+    Both sides get q, k and v (views of one projection in inference, apart in training) and the kernels of both paths, as
+    the module has them: merging them is part of ours.
 
     Args:
         backend: of `mmslide.ops.slide_attention`.
@@ -86,7 +86,9 @@ def op_pair(
         return torch.randn(shape, generator=generator).to(device)
 
     strength = 0.0 if baseline == 'flex' else 1.0
-    qkv = draw(batch, height, width, 3, num_heads, head_dims).to(dtype).requires_grad_()
+    qkv = draw(batch, height, width, 3, num_heads, head_dims).to(dtype).unbind(3)
+    if training:
+        qkv = tuple(x.contiguous().requires_grad_() for x in qkv)
     shift = fixed_shift(kernel_size).to(device)
     deform, shift_bias, deform_bias, rpb = (
         x.requires_grad_()
@@ -99,11 +101,11 @@ def op_pair(
     )
 
     def merged(attend: Callable[..., Tensor]) -> list[Tensor]:
-        return [attend(*qkv.unbind(3), *merge_paths(shift, shift_bias, deform, deform_bias), rpb)]
+        return [attend(*qkv, *merge_paths(shift, shift_bias, deform, deform_bias), rpb)]
 
     def both_paths() -> list[Tensor]:
         parameters = (x.to(dtype) for x in (shift, shift_bias, deform, deform_bias, rpb))
-        return [two_path(*qkv.unbind(3), *parameters)]
+        return [two_path(*qkv, *parameters)]
 
     def unfolded() -> list[Tensor]:
         return merged(lambda q, k, v, *parameters: im2col(q, k, v, *(x.to(dtype) for x in parameters)))
@@ -113,10 +115,10 @@ def op_pair(
     elif baseline == 'im2col':
         theirs = unfolded
     elif baseline == 'flex':
-        theirs = lambda: [flex(kernel_size, *qkv.unbind(3))]  # noqa: E731
+        theirs = lambda: [flex(kernel_size, *qkv)]  # noqa: E731
     else:
         theirs = partial(merged, partial(slide_attention, backend=baseline))
-    inputs = dict(qkv=qkv)
+    inputs = dict(zip('qkv', qkv, strict=True))
     learned = dict(deform=deform, shift_bias=shift_bias, deform_bias=deform_bias, rpb=rpb)
     if baseline != 'flex':
         inputs, learned = inputs | learned, {}
@@ -131,8 +133,8 @@ def op_pair(
         baseline=Side(baseline, theirs, inputs),
         tolerance=TOLERANCE[dtype],
         # Forward reads q, k, v and writes the output; backward reads them and a gradient and writes three.
-        moved_bytes=qkv.nbytes // 3 * (4 + 7 * training),
-        operations=2 * 2 * (slots * slots + slots) * qkv.numel() // 3 * (1 + 2 * training),
+        moved_bytes=qkv[0].nbytes * (4 + 7 * training),
+        operations=2 * 2 * (slots * slots + slots) * qkv[0].numel() * (1 + 2 * training),
         images=batch,
     )
 

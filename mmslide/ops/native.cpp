@@ -60,7 +60,15 @@ inline void store(BFloat16* to, Vec x) {
   std::memcpy(&bits, &x, sizeof bits);
   const IntVec rounded = bits + 0x7fff + ((bits >> 16) & 1), nan = IntVec{} + 0x7fc00000;
   bits = x == x ? rounded : nan;
+#ifdef __x86_64__
+  __m256i wide;
+  std::memcpy(&wide, &bits, sizeof wide);
+  wide = _mm256_srli_epi32(wide, 16);
+  const __m256i narrow = _mm256_permute4x64_epi64(_mm256_packus_epi32(wide, wide), 0b1000);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_castsi256_si128(narrow));
+#else
   for (int i = 0; i < LANES; ++i) to[i].bits = static_cast<uint32_t>(bits[i]) >> 16;
+#endif
 }
 
 struct Float16 {
@@ -104,6 +112,7 @@ const float* widened(const T* from, std::vector<float>& memory) {
 }
 
 constexpr int AHEAD = 2;  // pixels, for prefetching
+constexpr int AT_ONCE = 2;
 
 template <class T>
 inline void prefetch_channels(const T* from, int64_t count) {
@@ -235,7 +244,7 @@ struct SlidePixel {
   const Window<float, K> grad_keys, grad_values;
   std::vector<T> ones;
   std::vector<float> unused, query_memory, grad_memory, biases;
-  int64_t image, y, x;
+  int64_t image, y, x, head;
   // Of each tap on the map, and of the bias, a tap whose neighbour is all ones.
   int64_t begin_row = -1, end_row, begin_column, end_column;
   int taps;
@@ -278,7 +287,8 @@ struct SlidePixel {
     ++taps;
   }
 
-  void pick(int64_t head) {
+  void pick(int64_t at_head) {
+    head = at_head;
     query = widened(at<T>(call.q, image, y, x, head), query_memory);
     rpb = biases.data() + head * padded(SLOTS);
     mask = call.mask;
@@ -319,8 +329,9 @@ struct SlidePixel {
     for (int j = 0; j < padded(SLOTS); j += LANES) store(out + j, sums(sum_of + j));
   }
 
+  void score() { gather(query, key, attention); }
+
   void attend() {
-    gather(query, key, attention);
     query_sum = attention[SLOTS];
     for (int j = 0; j < padded(SLOTS); j += LANES)
       store(attention + j, call.scale * (load(attention + j) + query_sum * load(rpb + j)));
@@ -337,8 +348,8 @@ struct SlidePixel {
       for (int j = 0; j < SLOTS; ++j) masked[j] *= factor;
   }
 
-  void forward(T* out) {
-    attend();
+  void forward() {
+    T* out = at<T>(call.out, image, y, x, head);
     for (int64_t c = 0; c < chunks(); ++c) {
       Vec result = {};
       for (int t = 0; t < taps; ++t) {
@@ -352,10 +363,11 @@ struct SlidePixel {
   }
 
   template <bool PARAMETERS>
-  void backward(const T* grad_out, T* grad_query, float* grad_kernels, float* grad_rpb) {
-    attend();
+  void backward(float* grad_kernels, float* grad_rpb) {
     normalize();
-    const float* grad = widened(grad_out, grad_memory);
+    const float* grad = widened(at<T>(call.out, image, y, x, head), grad_memory);
+    T* grad_query = at<T>(call.grad_q, image, y, x, head);
+    grad_rpb += head * POSITIONS;
     alignas(32) float grad_logits[padded(SLOTS)];
     gather(grad, value, grad_logits);
     if (mask)
@@ -405,7 +417,7 @@ struct NeighborhoodPixel {
   const int64_t chunks;
   const Window<T, K> keys, values;
   const Window<float, K> grad_keys, grad_values;
-  int64_t image, y, x, top, left;
+  int64_t image, y, x, head, top, left;
   const float *query, *mask, *rpb, *dropped;
   std::vector<float> query_memory, grad_memory;
   int64_t position;  // of the first slot in rpb
@@ -431,7 +443,8 @@ struct NeighborhoodPixel {
     position = (top - y + K - 1) * SIDE + left - x + K - 1;
   }
 
-  void pick(int64_t head) {
+  void pick(int64_t at_head) {
+    head = at_head;
     query = widened(at<T>(call.q, image, y, x, head), query_memory);
     rpb = call.rpb + head * POSITIONS;
     mask = call.mask;
@@ -470,8 +483,9 @@ struct NeighborhoodPixel {
     }
   }
 
+  void score() { products(query, key, attention); }
+
   void attend() {
-    products(query, key, attention);
     for (int i = 0; i < K; ++i)
       for (int j = 0; j < K; ++j)
         attention[i * K + j] = call.scale * attention[i * K + j] + rpb[position + i * SIDE + j];
@@ -488,8 +502,8 @@ struct NeighborhoodPixel {
       for (int j = 0; j < SLOTS; ++j) masked[j] *= factor;
   }
 
-  void forward(T* out) {
-    attend();
+  void forward() {
+    T* out = at<T>(call.out, image, y, x, head);
     for (int64_t c = 0; c < chunks * LANES; c += LANES) {
       Vec result[2] = {};  // two, since one sum would wait for itself
       for (int j = 0; j < SLOTS; ++j) result[j % 2] += dropped[j] * load(value[j] + c);
@@ -498,10 +512,11 @@ struct NeighborhoodPixel {
   }
 
   template <bool PARAMETERS>
-  void backward(const T* grad_out, T* grad_query, float*, float* grad_rpb) {
-    attend();
+  void backward(float*, float* grad_rpb) {
     normalize();
-    const float* grad = widened(grad_out, grad_memory);
+    const float* grad = widened(at<T>(call.out, image, y, x, head), grad_memory);
+    T* grad_query = at<T>(call.grad_q, image, y, x, head);
+    grad_rpb += head * POSITIONS;
     alignas(32) float grad_logits[padded(SLOTS)];
     products(grad, value, grad_logits);
     float mean = 0;
@@ -540,21 +555,32 @@ inline void add(std::vector<float>& row, float* total) {
   std::fill(row.begin(), row.end(), 0.0f);
 }
 
+// The pixels and heads of a row, AT_ONCE at a time, since the softmax of one would wait for itself.
+template <class Pixel, class Function>
+void for_row(std::vector<Pixel>& pixels, const Call& call, int64_t image, int64_t y, Function function) {
+  int64_t x = 0, head = 0;
+  while (x < call.width) {
+    size_t count = 0;
+    for (; count < pixels.size() && x < call.width; ++count) {
+      pixels[count].place(image, y, x);
+      pixels[count].pick(head);
+      pixels[count].score();
+      if (++head == call.heads) head = 0, ++x;
+    }
+    for (size_t i = 0; i < count; ++i) pixels[i].attend();
+    for (size_t i = 0; i < count; ++i) function(pixels[i]);
+  }
+}
+
 template <class T, template <class, int> class Pixel, int K>
 void forward(const Call& call) {
 #pragma omp parallel num_threads(call.threads)
   {
-    Pixel<T, K> pixel(call);
+    std::vector<Pixel<T, K>> pixels(AT_ONCE, Pixel<T, K>(call));
 #pragma omp for collapse(2) schedule(static)
     for (int64_t image = 0; image < call.batch; ++image)
       for (int64_t y = 0; y < call.height; ++y)
-        for (int64_t x = 0; x < call.width; ++x) {
-          pixel.place(image, y, x);
-          for (int64_t head = 0; head < call.heads; ++head) {
-            pixel.pick(head);
-            pixel.forward(at<T>(call.out, image, y, x, head));
-          }
-        }
+        for_row(pixels, call, image, y, [](auto& pixel) { pixel.forward(); });
   }
 }
 
@@ -582,9 +608,9 @@ void backward(const Call& call) {
               pixel.place(image, y, x);
               for (int64_t head = 0; head < call.heads; ++head) {
                 pixel.pick(head);
-                pixel.template backward<PARAMETERS>(
-                    at<T>(call.out, image, y, x, head), at<T>(call.grad_q, image, y, x, head), row_kernels.data(),
-                    row_rpb.data() + head * Pixel<T, K>::POSITIONS);
+                pixel.score();
+                pixel.attend();
+                pixel.template backward<PARAMETERS>(row_kernels.data(), row_rpb.data());
               }
             }
             add(row_kernels, grad_kernels);

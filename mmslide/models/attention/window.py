@@ -109,7 +109,6 @@ class WindowAttention(WindowAttentionBase):
         own = bias = self._bias(size, size)
         if shift:
             x = x.roll((-shift, -shift), dims=(1, 2))
-            # (windows, 1, pixels, pixels) and (heads, pixels, pixels)
             bias = (bias + self._shift_mask(rows, columns, x).unsqueeze(1)).repeat(len(x), 1, 1, 1)
         if not known:
             bias = torch.where(torch.scalar_tensor(count) == 1, self._bias_alone(own, height, width), bias)
@@ -119,12 +118,15 @@ class WindowAttention(WindowAttentionBase):
         return self.proj_drop(self.proj(out[:, :height, :width]))
 
     def _bias(self, height: int, width: int) -> Tensor:
-        """The relative position bias among the pixels of an h×w map inside one window: (heads, h·w, h·w)."""
+        """The relative position bias among the pixels of an h×w map inside one window: (1, heads, h·w, h·w).
+
+        Four axes, since scaled_dot_product_attention has no fused kernel for a mask of three.
+        """
         index = self.relative_position_index[:height, :width, :height, :width].flatten(2).flatten(0, 1)
-        return self.relative_position_bias_table[index].permute(2, 0, 1)
+        return self.relative_position_bias_table[index].permute(2, 0, 1).unsqueeze(0)
 
     def _bias_alone(self, bias: Tensor, height: int, width: int) -> Tensor:
-        """What lets a padded and rolled window give the result of one that covers the map: (heads, pixels, pixels).
+        """What lets a padded and rolled window give the result of one that covers the map: (1, heads, pixels, pixels).
 
         For sizes known at run time only, which cannot choose between two computations. The padding is masked, and the
         roll, which inside one window only reorders its pixels, is undone in the bias.
@@ -132,7 +134,7 @@ class WindowAttention(WindowAttentionBase):
         position = (torch.arange(self.window_size, device=bias.device) + self.shift_size) % self.window_size
         order = (position[:, None] * self.window_size + position).flatten()
         inside = (position < height)[:, None] & (position < width)
-        return bias[:, order][:, :, order].masked_fill(~inside.flatten(), float('-inf'))
+        return bias[..., order, :][..., order].masked_fill(~inside.flatten(), float('-inf'))
 
     def _shift_mask(self, rows: int, columns: int, x: Tensor) -> Tensor:
         """-100 between pixels that the roll brought into one window from two ends of the map: (windows, n, n)."""
