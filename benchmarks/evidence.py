@@ -1,8 +1,8 @@
 """Slide Attention against its hosts under equal budgets, trained from scratch on small data: what `make evidence` runs.
 
 Every model is the detector of `make demo` with another backbone. Each is trained in a process of its own and leaves
-`result.json` in its folder. What is there already is not trained again; an interrupted training goes on. Times and memory
-are measured at the end, both sides in turn in one process, so that trainings may share the machine.
+`result.json` in its folder. What is there already is not trained again; an interrupted training goes on. Times and
+memory are measured at the end, both sides in turn in one process, so that trainings may share the machine.
 """
 
 import argparse
@@ -156,7 +156,7 @@ def train(run: Run, folder: Path, mini: str | Path, bccd: str | Path | None, thr
     folder.mkdir(parents=True, exist_ok=True)
     config = folder / f'{run.name}.py'
     run_config(run, mini, bccd).dump(config)
-    command = [sys.executable, ROOT / 'tools' / 'train.py', config, '--work-dir', folder, '--resume']
+    command = [sys.executable, str(ROOT / 'tools' / 'train.py'), str(config), '--work-dir', str(folder), '--resume']
     environment = dict(os.environ, OMP_NUM_THREADS=str(threads))
     with open(folder / 'output.txt', 'a') as output:
         done = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, cwd=ROOT, env=environment)
@@ -189,9 +189,9 @@ def read_result(folder: Path, names: Sequence[str]) -> Result:
 def measure(data: str, host: str, mini: str | Path, bccd: str | Path | None) -> dict[str, Measurement]:
     """Forward and backward of both models, from images to the RPN's outputs, by the model's name."""
     slide, plain = (Run(data, host, slide, 0) for slide in (True, False))
-    configs = [run_config(run, mini, bccd) for run in (slide, plain)]
-    width, height = BCCD_SCALE if data == 'bccd' else configs[0].image_scale
-    pair = model_pair(*configs, height, width, batch=configs[0].train_dataloader.batch_size, training=True)
+    ours, theirs = (run_config(run, mini, bccd) for run in (slide, plain))
+    width, height = BCCD_SCALE if data == 'bccd' else ours.image_scale
+    pair = model_pair(ours, theirs, height, width, batch=ours.train_dataloader.batch_size, training=True)
     measurements = compare(pair.ours, pair.baseline, True, pair.tolerance, seconds=20)
     return dict(zip((slide.model, plain.model), measurements, strict=True))
 
@@ -245,9 +245,9 @@ PAGE = """\
 # Evidence that it learns
 
 Slide Attention against its host under equal budgets: the detector of `make demo` (Mask R-CNN in a cascade of two), from
-scratch, on the 1600 generated training images, {epochs} epochs. Both sides have the same widths, depths, data, order of
-images and schedule; Slide Attention is in the first two stages. The models are small (48 to 256 channels, two blocks per
-stage). Mean ± sample standard deviation over the seeds.
+scratch, on the 1600 generated training images, {epochs} epochs. Both sides have the same widths, depths, data, order
+of images and schedule; Slide Attention is in the first two stages. The models are small (48 to 256 channels, two blocks
+per stage). Mean ± sample standard deviation over the seeds.
 
 <!-- not run: trains for hours -->
 ```shell
@@ -257,8 +257,8 @@ make evidence BCCD=FOLDER  # with the photographs below
 
 {table}
 
-"ms" and "MB" are time and peak memory of a forward and backward pass of backbone, neck and RPN with four images, measured
-in turn with the other model of the pair on {cores} CPU cores.
+"ms" and "MB" are time and peak memory of a forward and backward pass of backbone, neck and RPN with four images,
+measured in turn with the other model of the pair on {cores} CPU cores.
 
 ![Box AP against epochs](images/evidence.png)
 
@@ -272,8 +272,8 @@ BCCD_PAGE = """
 ## Photographs
 
 [BCCD](https://github.com/Shenggan/BCCD_Dataset): 364 microscope photographs of blood cells (292 for training, 72 for
-validation) with boxes of three classes, under the MIT license, converted to COCO's format. The same detector without its
-mask head, at 256×192, {epochs} epochs from scratch.
+validation) with boxes of three classes, under the MIT license, converted to COCO's format. The same detector without
+its mask head, at 256×192, {epochs} epochs from scratch.
 
 {table}
 """

@@ -71,8 +71,8 @@ def op_pair(
 ) -> Pair:
     """Slide Attention on a map (batch, height, width, embed_dims), random parameters in both paths.
 
-    Both sides get q, k and v (views of one projection in inference, apart in training) and the kernels of both paths, as
-    the module has them: merging them is part of ours.
+    Both sides get q, k and v (views of one projection in inference, apart in training) and the kernels of both paths,
+    as the module has them: merging them is part of ours.
 
     Args:
         backend: of `mmslide.ops.slide_attention`.
