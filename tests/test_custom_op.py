@@ -64,12 +64,12 @@ def results(attention, args, grad, **kwargs):
     return out, *torch.autograd.grad(out, args, grad)
 
 
-def assert_agrees(found, args, grad, scale=None, mask=None):
+def assert_agrees(found, args, grad, scale=None, mask=None, tolerance=1e-5):
     doubles = [x.detach().cpu().double().requires_grad_() for x in args]
     out = reference(*doubles, scale or args[0].shape[-1] ** -0.5, mask if mask is None else mask.cpu().double())
     wanted = (out, *torch.autograd.grad(out, doubles, grad.cpu().double()))
     for name, value, reference_value in zip(NAMES, found, wanted, strict=True):
-        assert relative_error(value, reference_value) < 1e-5, name
+        assert relative_error(value, reference_value) < tolerance, name
 
 
 @pytest.mark.parametrize('threads', [1, 2, 5])
@@ -88,7 +88,9 @@ def test_native_agrees_with_the_reference_and_repeats(shape, threads):
 def test_native_softmax_from_equal_to_lone_slots(size):
     args, grad = arguments(1, 9, 8, 2, 16, 3), torch.randn(1, 9, 8, 2, 16)
     args[0] = (size * args[0]).detach().requires_grad_()
-    assert_agrees(results(partial(slide_attention, backend='native'), args, grad), args, grad)
+    # Logits of some hundreds, whose rounding the softmax passes on.
+    tolerance = 3e-5 if size > 1 else 1e-5
+    assert_agrees(results(partial(slide_attention, backend='native'), args, grad), args, grad, tolerance=tolerance)
 
 
 def test_native_passes_nan_and_infinity_on():

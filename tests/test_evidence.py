@@ -2,7 +2,7 @@ import json
 
 import pytest
 import torch
-from helpers import tool
+from helpers import NEEDS_MODERN, tool
 from mmengine.config import Config
 
 from benchmarks.evidence import (
@@ -109,6 +109,7 @@ def test_an_interrupted_training_is_read_whole(tmp_path):
     assert found.curve == [(1, 0.0), (2, 0.3)]
 
 
+@NEEDS_MODERN
 def test_both_sides_are_measured_as_they_train(monkeypatch):
     monkeypatch.setattr('benchmarks.evidence.compare', lambda ours, baseline, training, *_, **__: (ours, baseline))
     sides = measure('bccd', 'PVT', 'data/mini', 'cells')
