@@ -627,18 +627,18 @@ void run(const Call& call) {
   else backward<T, Pixel, K, false>(call);
 }
 
-template <class T, template <class, int> class Pixel>
+template <template <class, int> class Pixel, int K>
 void run(const Call& call) {
-  if (call.kernel_size == 3) run<T, Pixel, 3>(call);
-  if (call.kernel_size == 5) run<T, Pixel, 5>(call);
-  if (call.kernel_size == 7) run<T, Pixel, 7>(call);
+  if (call.dtype == 0) run<float, Pixel, K>(call);
+  if (call.dtype == 1) run<BFloat16, Pixel, K>(call);
+  if (call.dtype == 2) run<Float16, Pixel, K>(call);
 }
 
 template <template <class, int> class Pixel>
 void run(const Call& call) {
-  if (call.dtype == 0) run<float, Pixel>(call);
-  if (call.dtype == 1) run<BFloat16, Pixel>(call);
-  if (call.dtype == 2) run<Float16, Pixel>(call);
+  if (call.kernel_size == 3) run<Pixel, 3>(call);
+  if (call.kernel_size == 5) run<Pixel, 5>(call);
+  if (call.kernel_size == 7) run<Pixel, 7>(call);
 }
 
 }  // namespace
@@ -659,8 +659,8 @@ void slide_attention_large_pages(void* data, int64_t bytes) {
 
 // Forward, or backward if the gradient of k has memory. The kernel sizes and dtypes are those that native.py lets through.
 void slide_attention(const Call* call) {
-  if (call->head_dims == 32) run<SlidePixel32>(*call);
-  else if (call->head_dims == 64) run<SlidePixel64>(*call);
+  if (call->kernel_size == 3 && call->head_dims == 32) run<SlidePixel32, 3>(*call);
+  else if (call->kernel_size == 3 && call->head_dims == 64) run<SlidePixel64, 3>(*call);
   else run<AnySlidePixel>(*call);
 }
 
