@@ -76,6 +76,7 @@ def test_moves():
 
 
 @pytest.mark.slow
+@without_executorch
 def test_features_of_a_detector_from_a_checkpoint(tmp_path):
     """NMS cannot go along, but backbone and neck can; what they are prepared and called stands in the file."""
     config, checkpoint = saved('retinanet', tmp_path)
