@@ -6,6 +6,7 @@ import http.server
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
