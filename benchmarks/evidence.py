@@ -287,6 +287,8 @@ def main(arguments: Iterable[str] | None = None) -> None:
     parser.add_argument('--work-dir', default='work_dirs/evidence', help='of the trainings (default: %(default)s)')
     parser.add_argument('--page', default='docs/evidence.md', help='page to write (default: %(default)s)')
     args = parser.parse_args(None if arguments is None else list(arguments))
+    if args.jobs < 1:
+        parser.error(f'--jobs must be at least 1, got {args.jobs}')
     data = args.mini, args.bccd
     threads = max(1, (os.cpu_count() or 1) // args.jobs)
 

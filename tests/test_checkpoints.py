@@ -216,8 +216,9 @@ def test_aliases_of_mmengine():
     resolve = mmslide.checkpoints._resolve_alias
     assert resolve('open-mmlab://resnet50_caffe') == resolve('openmmlab://detectron/resnet50_caffe')
     # From OpenMMLab's host or that of the forks.
-    assert re.match(r'https://\S+/mmclassification/v0/resnet/resnet50_', resolve('mmcls://resnet50'))
-    assert re.match(r'https://\S+/resnet50_v1c', resolve('openmmlab://resnet50_v1c'))
+    hosts = r'https://(download\.openmmlab\.com|mmassets\.onedl\.ai)/'
+    assert re.match(hosts + 'mmclassification/v0/resnet/resnet50_', resolve('mmcls://resnet50'))
+    assert re.match(hosts + r'\S+/resnet50_v1c', resolve('openmmlab://resnet50_v1c'))
     with pytest.raises(ValueError, match=r'knows no checkpoint mmcls://resnet5; did you mean resnet50\?'):
         resolve('mmcls://resnet5')
 

@@ -234,10 +234,34 @@ struct Window {
   }
 };
 
+// Logits, then attention weights of a pixel and head, with and without dropout.
+template <int SLOTS>
+struct Weights {
+  const float *mask, *dropped;
+  float factor;
+  alignas(32) float attention[padded(SLOTS)], masked[padded(SLOTS)];
+
+  // From logits to weights, up to the factor.
+  void softmax_and_drop() {
+    factor = softmax<SLOTS>(attention);
+    dropped = attention;
+    if (!mask) return;
+    for (int j = 0; j < SLOTS; ++j) masked[j] = attention[j] * mask[j];
+    dropped = masked;
+  }
+
+  void normalize() {
+    for (int j = 0; j < padded(SLOTS); j += LANES) store(attention + j, load(attention + j) * factor);
+    if (mask)
+      for (int j = 0; j < SLOTS; ++j) masked[j] *= factor;
+  }
+};
+
 // HEAD_DIMS is that of the call, or 0 for any: the compiler unrolls loops over the usual ones.
 template <class T, int K, int HEAD_DIMS>
-struct SlidePixel {
+struct SlidePixel : Weights<K * K> {
   static constexpr int SLOTS = K * K, TAPS = SLOTS + 1, POSITIONS = SLOTS;
+  using Weights<SLOTS>::mask, Weights<SLOTS>::dropped, Weights<SLOTS>::factor, Weights<SLOTS>::attention;
 
   const Call& call;
   const Window<T, K> keys, values;
@@ -251,9 +275,8 @@ struct SlidePixel {
   int tap[SLOTS + 1];
   const T *key[SLOTS + 1], *value[SLOTS + 1];
   float *grad_key[SLOTS + 1], *grad_value[SLOTS + 1];
-  const float *query, *mask, *rpb, *dropped;
-  float query_sum, factor;
-  alignas(32) float attention[padded(SLOTS)], masked[padded(SLOTS)];
+  const float *query, *rpb;
+  float query_sum;
 
   explicit SlidePixel(const Call& call)
       : call(call),
@@ -335,17 +358,7 @@ struct SlidePixel {
     query_sum = attention[SLOTS];
     for (int j = 0; j < padded(SLOTS); j += LANES)
       store(attention + j, call.scale * (load(attention + j) + query_sum * load(rpb + j)));
-    factor = softmax<SLOTS>(attention);
-    dropped = attention;
-    if (!mask) return;
-    for (int j = 0; j < SLOTS; ++j) masked[j] = attention[j] * mask[j];
-    dropped = masked;
-  }
-
-  void normalize() {
-    for (int j = 0; j < padded(SLOTS); j += LANES) store(attention + j, load(attention + j) * factor);
-    if (mask)
-      for (int j = 0; j < SLOTS; ++j) masked[j] *= factor;
+    this->softmax_and_drop();
   }
 
   void forward() {
@@ -364,7 +377,7 @@ struct SlidePixel {
 
   template <bool PARAMETERS>
   void backward(float* grad_kernels, float* grad_rpb) {
-    normalize();
+    this->normalize();
     const float* grad = widened(at<T>(call.out, image, y, x, head), grad_memory);
     T* grad_query = at<T>(call.grad_q, image, y, x, head);
     grad_rpb += head * POSITIONS;
@@ -410,21 +423,20 @@ struct SlidePixel {
 };
 
 template <class T, int K>
-struct NeighborhoodPixel {
+struct NeighborhoodPixel : Weights<K * K> {
   static constexpr int SLOTS = K * K, TAPS = 0, SIDE = 2 * K - 1, POSITIONS = SIDE * SIDE;
+  using Weights<SLOTS>::mask, Weights<SLOTS>::dropped, Weights<SLOTS>::factor, Weights<SLOTS>::attention;
 
   const Call& call;
   const int64_t chunks;
   const Window<T, K> keys, values;
   const Window<float, K> grad_keys, grad_values;
   int64_t image, y, x, head, top, left;
-  const float *query, *mask, *rpb, *dropped;
+  const float *query, *rpb;
   std::vector<float> query_memory, grad_memory;
   int64_t position;  // of the first slot in rpb
-  float factor;
   const T *key[SLOTS], *value[SLOTS];
   float *grad_key[SLOTS], *grad_value[SLOTS];
-  alignas(32) float attention[padded(SLOTS)], masked[padded(SLOTS)];
 
   explicit NeighborhoodPixel(const Call& call)
       : call(call),
@@ -489,17 +501,7 @@ struct NeighborhoodPixel {
     for (int i = 0; i < K; ++i)
       for (int j = 0; j < K; ++j)
         attention[i * K + j] = call.scale * attention[i * K + j] + rpb[position + i * SIDE + j];
-    factor = softmax<SLOTS>(attention);
-    dropped = attention;
-    if (!mask) return;
-    for (int j = 0; j < SLOTS; ++j) masked[j] = attention[j] * mask[j];
-    dropped = masked;
-  }
-
-  void normalize() {
-    for (int j = 0; j < padded(SLOTS); j += LANES) store(attention + j, load(attention + j) * factor);
-    if (mask)
-      for (int j = 0; j < SLOTS; ++j) masked[j] *= factor;
+    this->softmax_and_drop();
   }
 
   void forward() {
@@ -513,7 +515,7 @@ struct NeighborhoodPixel {
 
   template <bool PARAMETERS>
   void backward(float*, float* grad_rpb) {
-    normalize();
+    this->normalize();
     const float* grad = widened(at<T>(call.out, image, y, x, head), grad_memory);
     T* grad_query = at<T>(call.grad_q, image, y, x, head);
     grad_rpb += head * POSITIONS;
