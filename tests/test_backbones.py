@@ -1,6 +1,7 @@
 import pytest
 import torch
 from helpers import (
+    NEEDS_MODERN,
     assert_golden,
     assert_golden_logits,
     golden_image,
@@ -12,6 +13,7 @@ from helpers import (
 from mmengine.model import BaseModule
 
 from mmslide.models import SlidePVT, SlideSwin, TwinsPCPVT, TwinsSVT
+from mmslide.models.attention import WindowAttention
 from mmslide.weights.layouts import to_mmslide
 
 SMALL = dict(embed_dims=(16, 32, 48, 64), depths=(1, 2, 2, 2), num_heads=(1, 2, 3, 4), mlp_ratios=(2, 2, 2, 2))
@@ -171,3 +173,12 @@ def test_weights_load_into_a_model_from_the_meta_device(slide_stages):
     image = torch.randn(1, 3, 64, 64)
     for out, wanted in zip(empty.eval()(image), model.eval()(image), strict=True):
         assert torch.equal(out, wanted)
+
+
+@NEEDS_MODERN
+@pytest.mark.parametrize('shift_size', [0, 3])
+def test_window_attention_takes_the_fused_kernel(shift_size):
+    attention = WindowAttention(16, num_heads=2, window_size=7, shift_size=shift_size).eval()
+    with torch.no_grad(), torch.profiler.profile() as profiler:
+        attention(torch.randn(1, 14, 21, 16))
+    assert '_scaled_dot_product_flash_attention' in ' '.join(event.key for event in profiler.key_averages())
