@@ -13,13 +13,13 @@ def _set_up() -> None:
     register_package()
     declare_torchvision_operators()
 
-    # After the versions are known to fit: it imports mmengine's runner.
+    # After the version check, since it imports mmengine's runner.
     from .checkpoints import register_reader
 
     register_reader()
 
 
-# `python -m mmslide.doctor` runs where the packages beside mmslide do not fit.
+# `python -m mmslide.doctor` has to run even if the versions of other packages are incompatible.
 if 'mmslide.doctor' not in sys.orig_argv:
     _set_up()
 

@@ -1,4 +1,4 @@
-"""Mixed precision on a CPU, where mmengine's AmpOptimWrapper refuses to train."""
+"""Mixed precision on a CPU, which mmengine's AmpOptimWrapper does not support."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,9 +15,9 @@ from mmslide.registry import OPTIM_WRAPPERS
 
 
 def bfloat16_pays() -> bool:
-    """Whether a CPU multiplies matrices much faster in bfloat16 than in float32, by a trial of some milliseconds.
+    """Whether the CPU multiplies matrices much faster in bfloat16 than in float32, measured in a few milliseconds.
 
-    It does with AVX512-BF16, AMX or Arm's BF16; other processors emulate it, several times slower.
+    This is so with AVX512-BF16, AMX or Arm's BF16; other processors emulate it, several times slower.
     """
 
     def seconds(dtype: torch.dtype) -> float:
@@ -36,8 +36,8 @@ def bfloat16_pays() -> bool:
 class BackboneAmpOptimWrapper(OptimWrapper):
     """Trains in mixed precision on a CPU: the backbone under autocast in bfloat16, everything after it in float32.
 
-    Necks and heads stay in float32, since mmcv has no bfloat16 operators on a CPU, and boxes need more digits. bfloat16
-    has float32's range, so that losses need no scaling.
+    Necks and heads stay in float32, since mmcv has no bfloat16 operators on a CPU and boxes need more precision.
+    bfloat16 has the range of float32, so loss scaling is not needed.
 
     Args:
         optimizer, accumulative_counts, clip_grad: see `mmengine.optim.OptimWrapper`.

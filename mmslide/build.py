@@ -14,10 +14,10 @@ from mmslide.messages import listed
 
 
 def build_model(cfg: Config, device: str = 'cpu') -> nn.Module:
-    """The model of a whole config of mmdet, mmseg or mmpretrain, its SyncBN as BN.
+    """Builds the model of a config of mmdet, mmseg or mmpretrain, with SyncBN replaced by BN.
 
-    On the device 'meta' this takes neither memory nor time, unless a part reads tensors while it is built, as mmdet's
-    Swin does.
+    On the device 'meta' this takes almost no memory or time, unless a module reads tensors while it is built, as
+    mmdet's Swin does.
     """
 
     def build() -> nn.Module:

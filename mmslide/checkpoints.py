@@ -1,6 +1,6 @@
-"""The one place where checkpoints are read: fetched, checked for damage, and unpickled with `weights_only=True`.
+"""Reads all checkpoints: downloads them, checks them for damage, and unpickles them with `weights_only=True`.
 
-mmengine's own loaders unpickle what a URL gives them without that, so `register_reader` puts ours in their place.
+mmengine's own loaders unpickle downloads without `weights_only`, so `register_reader` replaces them.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from .messages import listed
 
 StateDict = dict[str, Tensor]
 
-# Schemes that stand for an address in one of mmengine's tables.
+# URL schemes that are looked up in one of mmengine's tables.
 ALIASES = {
     'torchvision': mmengine_checkpoint.get_torchvision_models,
     'modelzoo': mmengine_checkpoint.get_torchvision_models,
@@ -38,9 +38,9 @@ ALIASES = {
 }
 OBJECT_STORES = (r'(\S+\:)?s3://', r'(\S+\:)?petrel://')
 FOLDER = 0x10  # in an entry's attributes
-# The keys that weights are saved under; the first that a file has is read.
+# The keys that weights are saved under; the first one present is read.
 WRAPPERS = ('state_dict_ema', 'state_dict', 'model')
-# What the authors' training scripts keep beside the weights; read as plain containers.
+# Saved along with the weights by the authors' training scripts; read as plain containers.
 HARMLESS = {'yacs.config.CfgNode': OrderedDict, 'argparse.Namespace': argparse.Namespace}
 
 
@@ -53,21 +53,21 @@ def register_reader() -> None:
 
 
 def load_from_mmslide(filename: str, map_location: Any = None, **_: Any) -> Any:
-    """`read_checkpoint` as mmengine calls it, which logs a part of this function's name."""
+    """`read_checkpoint` with the signature that mmengine calls; mmengine logs a part of this function's name."""
     content = read_checkpoint(filename, map_location)
     if filename.startswith('mmcls://'):
         return mmengine_checkpoint._process_mmcls_checkpoint(content)
     meta_of(content).pop('config', None)  # mmengine never writes it, but runs it as Python code on resume
     wrapper = _wrapper(content, filename)
     if wrapper:
-        content['state_dict'] = content[wrapper]  # mmengine would take any other wrapper for the weights
+        content['state_dict'] = content[wrapper]  # mmengine would treat any other wrapper as the weights
     return content
 
 
 def read_checkpoint(checkpoint: str | Path, map_location: Any = 'cpu') -> Any:
-    """What a checkpoint file or URL holds, meta data and all.
+    """Reads a checkpoint file or URL, including its metadata.
 
-    A name that ends in .safetensors is read as that format, everything else as torch's. Nothing in the file is run.
+    Names that end in .safetensors are read as safetensors, all others with torch. No code in the file is executed.
 
     Args:
         checkpoint: a file, or a URL of any scheme that mmengine knows.
@@ -88,7 +88,7 @@ def read_checkpoint(checkpoint: str | Path, map_location: Any = 'cpu') -> Any:
             raise FileNotFoundError(f'checkpoint {name} does not exist') from None
         except OSError as error:
             raise type(error)(f'checkpoint {name} is not readable: {error.strerror}') from error
-        # Shown where a download was cut off: the next try would find the same file.
+        # For incomplete downloads: the next attempt would find the same file.
         hint = f'; delete {file} to download it again' if '://' in name else ''
         try:
             return _read_safetensors(file) if is_safetensors(name) else _read_torch(file, map_location)
@@ -99,8 +99,8 @@ def read_checkpoint(checkpoint: str | Path, map_location: Any = 'cpu') -> Any:
 def read_state_dict(checkpoint: str | Path, map_location: Any = 'cpu') -> StateDict:
     """The tensors of a checkpoint file or URL, without the prefix 'module.'.
 
-    They may lie under 'state_dict_ema', 'state_dict' or 'model'. Of the first two, which timm's training scripts save
-    together, the moving average is read.
+    They may be nested under 'state_dict_ema', 'state_dict' or 'model'. If a file has both of the first two, as saved by
+    timm's training scripts, the moving average is read.
 
     Args:
         checkpoint: a file, or a URL of any scheme that mmengine knows.
@@ -108,13 +108,13 @@ def read_state_dict(checkpoint: str | Path, map_location: Any = 'cpu') -> StateD
 
     Raises:
         OSError, ImportError: see `read_checkpoint`.
-        ValueError: see `read_checkpoint`, or it holds no state dict.
+        ValueError: see `read_checkpoint`, or it has no state dict.
     """
     return find_state_dict(read_checkpoint(checkpoint, map_location), checkpoint)
 
 
 def find_state_dict(content: Any, checkpoint: str | Path) -> StateDict:
-    """The tensors of what `read_checkpoint` has read. See `read_state_dict`."""
+    """The tensors in the result of `read_checkpoint`. See `read_state_dict`."""
     wrapper = _wrapper(content, checkpoint)
     if wrapper:
         content = content[wrapper]
@@ -132,7 +132,7 @@ def find_state_dict(content: Any, checkpoint: str | Path) -> StateDict:
 
 
 def _wrapper(content: Any, checkpoint: str | Path) -> str | None:
-    """The key that the weights lie under; None if there is none."""
+    """The key that contains the weights; None if there is none."""
     found = [name for name in WRAPPERS if isinstance(content, dict) and isinstance(content.get(name), dict)]
     if found[:2] == ['state_dict_ema', 'state_dict']:
         MMLogger.get_current_instance().info(
@@ -142,19 +142,19 @@ def _wrapper(content: Any, checkpoint: str | Path) -> str | None:
 
 
 def meta_of(content: Any) -> dict[str, Any]:
-    """The meta data of what `read_checkpoint` has read; {} if there is none."""
+    """The metadata in the result of `read_checkpoint`; {} if there is none."""
     meta = content.get('meta') if isinstance(content, dict) else None
     return meta if isinstance(meta, dict) else {}
 
 
 def dataset_meta(meta: Mapping[str, Any]) -> dict[str, Any]:
-    """What a checkpoint's metadata say of its data set, such as classes and palette, with keys in lower case."""
+    """The data set's part of a checkpoint's metadata, such as classes and palette, with keys in lower case."""
     given = meta.get('dataset_meta')
     return {str(key).lower(): value for key, value in given.items()} if isinstance(given, dict) else {}
 
 
 def class_names(meta: Mapping[str, Any]) -> list[str]:
-    """Of the data set that a checkpoint was trained on, by its metadata; [] if it does not name them."""
+    """The classes that a checkpoint was trained on, from its metadata; [] if they are not stored."""
     return list(dataset_meta(meta).get('classes') or ())
 
 
@@ -162,7 +162,7 @@ def save_checkpoint(content: Any, file: Path) -> None:
     """`torch.save`.
 
     Raises:
-        OSError: the file cannot be written, for which torch has a RuntimeError.
+        OSError: the file cannot be written (torch raises RuntimeError).
     """
     try:
         torch.save(content, file)
@@ -182,13 +182,13 @@ def check_finite(state: Mapping[str, Tensor], source: str | Path) -> None:
 
 
 def non_finite(state: Mapping[str, Tensor]) -> list[str]:
-    """The names of the floating-point tensors that hold NaN or infinite values."""
+    """The names of the floating-point tensors with NaN or infinite values."""
     floats = {key: value.detach() for key, value in state.items() if value.is_floating_point()}
     floats = {key: value.coalesce().values() if value.is_sparse else value for key, value in floats.items()}
     if not floats:
         return []
     finite = [value.isfinite().all() for value in floats.values()]
-    # Stacked, so that a GPU is waited for once.
+    # Stacked, so that a GPU is synchronized only once.
     flags = torch.stack([flag.to(finite[0].device) for flag in finite]).tolist()
     return [key for key, flag in zip(floats, flags, strict=True) if not flag]
 
@@ -221,11 +221,11 @@ def _local_file(checkpoint: str) -> Iterator[Path]:
 
 
 def _resolve_alias(alias: str) -> str:
-    """The URL or file that mmengine's tables have for an address such as openmmlab://NAME.
+    """The URL or file in mmengine's tables for an address such as openmmlab://NAME.
 
     Raises:
-        ValueError: they do not have it.
-        ImportError: it is torchvision's, which cannot be imported.
+        ValueError: there is no such entry.
+        ImportError: the address needs torchvision, which cannot be imported.
     """
     scheme, _, name = alias.partition('://')
     try:
@@ -238,19 +238,19 @@ def _resolve_alias(alias: str) -> str:
         close = difflib.get_close_matches(name, table, n=1)
         raise ValueError(f'mmengine knows no checkpoint {alias}' + (f'; did you mean {close[0]}?' if close else ''))
     found = table[name]
-    # The user's own table, open_mmlab.json in that folder, may also name files there.
+    # The user's own table, open_mmlab.json in that folder, may also list files there.
     return found if '://' in found else os.path.join(mmengine_checkpoint._get_mmengine_home(), found)
 
 
 def fetch(url: str) -> Path:
-    """Downloads a file into torch.hub's cache folder, where mmengine looks too, unless it is there already.
+    """Downloads a file into torch.hub's cache folder, which mmengine also uses, unless it is already there.
 
     Raises:
         OSError: it cannot be downloaded.
     """
     file = Path(torch.hub.get_dir(), 'checkpoints', os.path.basename(urlparse(url).path))
     file.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f'{file}.lock'):  # of several processes on this machine one downloads
+    with FileLock(f'{file}.lock'):  # only one of the processes on this machine downloads
         if not file.exists():
             try:
                 torch.hub.download_url_to_file(url, str(file), progress=os.isatty(2))
@@ -276,7 +276,7 @@ def _read_torch(file: Path, map_location: Any) -> Any:
     except (MemoryError, torch.cuda.OutOfMemoryError):
         raise
     except Exception as error:  # a damaged file can fail anywhere in the unpickler, in any way
-        # Without torch's advice to read the file with weights_only=False, which would run it.
+        # Without torch's advice to read the file with weights_only=False, which would execute its code.
         pattern = r'(?:GLOBAL|WeightsUnpickler error:)\s+([^\n]+?)(?: was not| whose module|\n|$)'
         refusal = re.search(pattern, str(error))
         what = 'a TorchScript program' if 'TorchScript' in str(error) else refusal and refusal[1]
@@ -285,15 +285,15 @@ def _read_torch(file: Path, map_location: Any) -> Any:
 
 
 def _is_whole(file: Path) -> bool:
-    """Whether the checksums of a zip file are right, which torch does not compare; other formats have none."""
+    """Whether the checksums of a zip file are correct, which torch does not check; other formats have none."""
     try:
         if not zipfile.is_zipfile(file):
             return True
         with zipfile.ZipFile(file) as archive:
-            # torch reads nothing at all, and gives unwritten memory, for what is marked as a folder.
+            # For entries marked as folders, torch reads nothing and returns uninitialized memory.
             folders = any(entry.external_attr & FOLDER for entry in archive.infolist())
             return not folders and archive.testzip() is None
-    except Exception:  # of a flipped bit anywhere in the archive's own structures
+    except Exception:  # a flipped bit anywhere in the archive's own structures
         return False
 
 

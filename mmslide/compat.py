@@ -1,4 +1,4 @@
-"""What mmslide needs of PyTorch and PyTorch before 2.6 lacks: the one place where its version decides."""
+"""What mmslide needs and PyTorch before 2.6 lacks: the only place that depends on PyTorch's version."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,7 @@ import torch
 from mmengine.utils import digit_version
 from torch import Tensor
 
-# From here on torch.load(weights_only=True) is safe (CVE-2025-32434), and everything below comes with torch.
+# Since this version, torch.load(weights_only=True) is safe (CVE-2025-32434), and torch has everything below.
 MODERN = digit_version(torch.__version__) >= digit_version('2.6')
 
 if MODERN:
@@ -26,7 +26,7 @@ if MODERN:
         return symbolic_shapes.statically_known_true(condition)
 
     def is_batched(x: Tensor) -> bool:
-        """Whether x stands for many tensors, in vmap or for `torch.autograd.grad(..., is_grads_batched=True)`."""
+        """Whether x is a batched tensor, in vmap or for `torch.autograd.grad(..., is_grads_batched=True)`."""
         return torch._C._functorch.is_batchedtensor(x) or torch._C._functorch.is_legacy_batchedtensor(x)
 
     def safe_load(file: Path, map_location: Any, globals_: dict[str, Any]) -> Any:

@@ -1,4 +1,4 @@
-"""The data sets of a config: where they are, and whether the config can use them."""
+"""Finds the data sets of a config and checks whether the config can use them."""
 
 import io
 import json
@@ -24,20 +24,20 @@ from rich.progress import track
 
 from mmslide.messages import listed
 
-# Before training, larger annotation files are only checked for their last character: parsing them takes minutes.
+# Before training, only the last character of larger annotation files is checked: parsing them takes minutes.
 MAX_JSON_BYTES = 64 * 2**20
-# Label maps of a data set that are read before training; all of them have to exist.
+# Number of label maps of a data set that are read before training; all of them have to exist.
 NUM_LABEL_MAPS = 16
 EXIF_ORIENTATION = 0x0112
-# Heads whose num_classes is not the data set's: proposals, COCO's stuff classes, boundaries.
+# Heads whose num_classes is unrelated to the data set's classes: proposals, COCO's stuff classes, boundaries.
 OTHER_HEADS = {'rpn_head', 'semantic_head', 'STDCHead'}
 
 
 def move_data(config: Config, data_root: str) -> None:
-    """Replaces the config's data_root by another in every path that begins with it.
+    """Replaces the config's data_root in every path that begins with it.
 
-    In a config alone, datasets and evaluators keep the paths they were written with. Paths match however they are
-    written: `data/coco`, `./data//coco/`, `s3://bucket/coco/`.
+    Setting data_root in a config would not change the paths of its data sets and evaluators. Paths are normalized
+    before comparing: `data/coco`, `./data//coco/`, `s3://bucket/coco/`.
 
     Raises:
         ValueError: the config has no data_root.
@@ -68,13 +68,13 @@ def move_data(config: Config, data_root: str) -> None:
 
 
 def normalize_path(path: str) -> str:
-    """A path or URL without repeated slashes, '.' and a slash at its end."""
+    """A path or URL without repeated slashes, '.' and trailing slashes."""
     scheme, separator, rest = path.rpartition('://')
     return scheme + separator + posixpath.normpath(rest)
 
 
 def named_dicts(node: Any, name: str) -> Iterator[tuple[str, dict]]:
-    """Every dict in a nested config with its key, as --cfg-options spells it."""
+    """Every dict in a nested config with its key as written in --cfg-options."""
     if isinstance(node, dict):
         yield name, node
     items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list | tuple) else ()
@@ -88,7 +88,7 @@ def dicts(node: Any) -> Iterator[dict]:
 
 
 def check_data(config: Config, *dataloaders: str) -> None:
-    """Checks the data sets of some dataloaders, before anything is written, as far as that takes no time.
+    """Checks the data sets of some dataloaders before anything is written, as far as that is fast.
 
     All files have to exist. Annotation files below 64 MiB and a sample of the label maps are read; images are not.
 
@@ -103,7 +103,7 @@ def check_data(config: Config, *dataloaders: str) -> None:
 
 
 def check_datasets(config: Config, *dataloaders: str, everything: bool = False) -> list['DatasetCheck']:
-    """What `check_data` checks, without raising; with `everything` every image and label map too.
+    """The checks of `check_data`, without raising; with `everything`, also every image and label map.
 
     Returns:
         A check for each data set inside the dataloaders' wrappers. One that is evaluated twice is checked once.
@@ -123,7 +123,7 @@ def check_datasets(config: Config, *dataloaders: str, everything: bool = False) 
             warnings.warn(
                 f'{first.name} and {check.name} have different class folders '
                 f'({listed(sorted({*first.folders} ^ {*check.folders}), 10)}): mmpretrain numbers the labels of '
-                'each in the alphabetical order of its folders, so a label may stand for different classes',
+                'each in the alphabetical order of its folders, so a label may mean different classes',
                 stacklevel=3,
             )
     return checks
@@ -143,7 +143,7 @@ def unwrapped(dataset: Any) -> Iterator[dict]:
 
 
 def find_test_pipeline(config: Config) -> Sequence[Mapping[str, Any]]:
-    """The transforms of the test data set, inside its wrappers; () if there are none."""
+    """The transforms of the test data set, inside any wrappers; () if there are none."""
     dataset = (config.get('test_dataloader') or {}).get('dataset') or {}
     while 'pipeline' not in dataset and isinstance(dataset.get('dataset'), Mapping):  # wrapped
         dataset = dataset['dataset']
@@ -151,41 +151,41 @@ def find_test_pipeline(config: Config) -> Sequence[Mapping[str, Any]]:
 
 
 def transform_name(step: Mapping[str, Any]) -> str:
-    """The type of a pipeline's transform, a string or a class, without its scope."""
+    """The type name of a pipeline's transform (a string or a class) without its scope."""
     given = step.get('type')
     return given.rpartition('.')[2] if isinstance(given, str) else getattr(given, '__name__', '')
 
 
 def data_prefixes(dataset: dict) -> list[Any]:
-    """A data set's folders: `data_prefix` of any form, or else the `split` of mmpretrain's ImageNet."""
+    """A data set's folders: `data_prefix` in any form, or the `split` of mmpretrain's ImageNet."""
     prefixes = dataset.get('data_prefix') or dataset.get('split')
     return list(prefixes.values()) if isinstance(prefixes, dict) else [prefixes]
 
 
 def evaluators(config: Config, loader: str) -> list[dict]:
-    """The configs of a dataloader's metrics; training has none."""
+    """The configs of a dataloader's metrics; none for training."""
     return list(dicts(config.get(loader.replace('dataloader', 'evaluator'))))
 
 
 class DatasetCheck:
-    """What a data set holds, and what keeps a config from using it.
+    """The contents of a data set, and the problems that prevent a config from using it.
 
     Data sets in the format of mmdet's CocoDataset, mmseg's BaseSegDataset and mmpretrain's CustomDataset (ImageNet) are
-    read. Of others, and of files that are not on a local disk, only those paths are checked that can be.
+    read. For others, and for files that are not on a local disk, only paths are checked, where possible.
 
     Args:
         config: the whole config.
         loader: name of the dataloader, such as 'train_dataloader'.
         options: the data set's own config, inside any wrapper.
-        everything: reads every image and label map, however many there are.
+        everything: whether to read every image and label map.
 
     Attributes:
         name: the dataloader and the file or folder that lists the images.
-        folders: of classes, where their names say what is in the images.
-        images: number of images; None if they were not counted, like the next.
-        annotations: number of instances that mmdet uses, of label maps that were read, or of labelled images.
-        per_class: for each class the number of its instances, of the label maps that it occurs in, or of its images.
-        problems: one exception for each kind, which names the first file or value of that kind.
+        folders: the class folders, if classes are given by folder names.
+        images: number of images; None if they were not counted, also for the next.
+        annotations: number of instances that mmdet uses, of label maps read, or of labelled images.
+        per_class: for each class, the number of its instances, of label maps that contain it, or of its images.
+        problems: one exception for each kind of problem, naming its first file or value.
     """
 
     def __init__(self, config: Config, loader: str, options: dict, everything: bool) -> None:
@@ -205,7 +205,7 @@ class DatasetCheck:
     def _find_problems(self) -> Iterator[Exception]:
         missing = list(self._missing_paths())
         yield from missing
-        # The function that reads a data set tells its format; a class with one of its own may have any.
+        # The format is known from the function that reads the data set; a class that overrides it may have any format.
         check = {
             ('mmdet', 'CocoDataset.load_data_list'): self._check_coco,
             ('mmseg', 'BaseSegDataset.load_data_list'): self._check_segmentation,
@@ -216,7 +216,7 @@ class DatasetCheck:
         root = self.options.get('data_root') or ''
         self.is_local = is_local(root, self.options)
         changes = dict(
-            data_root=root if self.is_local else '',  # mmengine would ask another backend to join its paths
+            data_root=root if self.is_local else '',  # mmengine would use another backend to join paths
             pipeline=[],
             lazy_init=True,
             _scope_=self.config.get('default_scope'),
@@ -233,7 +233,7 @@ class DatasetCheck:
         if not classes or isinstance(classes, str):
             yield ValueError(
                 f'{self.loader}: the data set has classes={classes!r}; '
-                "name them by metainfo=dict(classes=('first', ...)), with a comma after a single one"
+                "set metainfo=dict(classes=('first', ...)), with a trailing comma if there is only one"
             )
             return
         self.classes = list(classes)
@@ -258,15 +258,15 @@ class DatasetCheck:
             if path and is_local(path, *readers) and not os.path.exists(path):
                 yield FileNotFoundError(
                     f'{path}, which {self.loader} reads, does not exist. docs/train.md shows the folders; '
-                    '--cfg-options data_root=DIR says where they are'
+                    '--cfg-options data_root=DIR sets their location'
                 )
 
     def _file_readers(self) -> list[dict]:
-        """What may name the backend that images and label maps are read with."""
+        """The dicts that may set the backend for reading images and label maps."""
         return list(dicts(self.options))
 
     def _transforms(self, name: str) -> list[dict]:
-        """The pipeline's transforms of a type, whether that is written as a string or as a class."""
+        """The pipeline's transforms of a type, given as a string or as a class."""
         return [step for step in dicts(self.options.get('pipeline')) if transform_name(step) == name]
 
     def _wrong_num_classes(self) -> Iterator[Exception]:
@@ -323,10 +323,10 @@ class DatasetCheck:
         yield from self._check_instances(path, names)
 
     def _check_coco_file(self, path: str) -> Generator[Exception, None, list[str] | None]:
-        """Checks an annotation file by itself.
+        """Checks the contents of an annotation file.
 
         Returns:
-            The names of its categories that the config uses, in the order of their labels; None if mmdet cannot use it.
+            The category names that the config uses, in the order of their labels; None if mmdet cannot use the file.
         """
         content = yield from self._read_coco_file(path)
         if content is None:
@@ -338,7 +338,7 @@ class DatasetCheck:
         if categories and not names:
             found = [category['name'] for category in categories]
             yield ValueError(
-                f"{path}: none of its categories ({listed(found, 10)}) is among the config's classes "
+                f"{path}: none of its categories ({listed(found, 10)}) is in the config's classes "
                 f'({listed(self.classes, 10)}): set metainfo=dict(classes={tuple(found)}) in every data set of the '
                 f'config and num_classes={len(found)} in every head'
             )
@@ -347,7 +347,7 @@ class DatasetCheck:
         if len(names) > len(set(names)):
             twice = next(name for name, count in Counter(names).items() if count > 1)
             yield ValueError(
-                f'{path} has several categories {twice!r}, so its labels reach {len(names) - 1}, at or above '
+                f'{path} has several categories named {twice!r}, so its labels go up to {len(names) - 1}, at or above '
                 f'num_classes={len(self.classes)}: merge them'
             )
             return None
@@ -359,7 +359,7 @@ class DatasetCheck:
         return None if faults else names
 
     def _read_coco_file(self, path: str) -> Generator[Exception, None, dict | None]:
-        """The content of an annotation file that has the lists of COCO's format."""
+        """The content of an annotation file, if it has the lists of COCO's format."""
         with open(path, 'rb') as file:
             try:
                 content = json.load(file)
@@ -437,19 +437,19 @@ class DatasetCheck:
         return any(transform.get('with_mask') for transform in self._transforms('LoadAnnotations'))
 
     def _warn_of_labels(self, path: str, names: list[str]) -> None:
-        """mmdet numbers the categories that it finds in the order of the file, whatever the order of the classes."""
+        """Warns about the order of classes: mmdet numbers the categories in the order of the file, ignoring theirs."""
         wrong = [label for label, name in enumerate(names) if name != self.classes[label]]
         missing = [name for name in self.classes if name not in names]
         if missing:
             text = f"{path} has no category {listed(missing, 10)}, which is among the config's classes"
         elif wrong:
-            text = f"{path} has its categories in another order than the config's classes"
+            text = f"{path} has its categories in a different order than the config's classes"
         else:
             return
         if wrong:
             text += (
-                f'; mmdet numbers labels in the order of the file, so that {names[wrong[0]]!r} gets the label of '
-                f'{self.classes[wrong[0]]!r}: give metainfo=dict(classes=(...)) the order {listed(names, 10)}'
+                f'; mmdet numbers labels in the order of the file, so {names[wrong[0]]!r} gets the label of '
+                f'{self.classes[wrong[0]]!r}: set the order in metainfo=dict(classes=(...)) to {listed(names, 10)}'
             )
         warnings.warn(text, stacklevel=2)
 
@@ -473,18 +473,18 @@ class DatasetCheck:
             if isinstance(found, Exception):
                 faults['replace it or remove it from the annotations'].append(f'{file} cannot be read ({found})')
             elif found != files[file]:
-                faults['correct one or the other (images are turned as their EXIF data say)'].append(
+                faults['correct one or the other (sizes are after EXIF rotation)'].append(
                     f'{file} has {found[0]}×{found[1]} pixels, in {path} {files[file][0]}×{files[file][1]}'
                 )
         yield from grouped(faults)
 
     def _opens_images(self) -> bool:
-        """Whether the pipeline loads images in a way that Pillow can stand in for."""
+        """Whether the pipeline loads images with a backend that Pillow can replace."""
         loaders = self._transforms('LoadImageFromFile')
         return bool(loaders) and all(x.get('imdecode_backend') != 'tifffile' for x in loaders)
 
     def _check_instances(self, path: str, names: list[str]) -> Iterator[Exception]:
-        """Checks what mmdet has made of the annotations."""
+        """Checks the annotations as parsed by mmdet."""
         self.annotations, without_mask = 0, 0
         example = ''
         for index in range(len(self.dataset)):
@@ -497,18 +497,18 @@ class DatasetCheck:
                     example = example or info['img_path']
         if not self.annotations and self._is_annotated():
             yield ValueError(
-                f"{path}: mmdet uses none of its annotations: all are of categories other than the config's classes, "
+                f"{path}: mmdet uses none of its annotations: all have categories other than the config's classes, "
                 'marked as ignored, outside their image, less than a pixel wide or high, or have area 0'
             )
         if without_mask and self._with_mask():
             yield ValueError(
-                f"{path}: {without_mask} of {self.annotations} annotations have no 'segmentation', the first of "
-                f'{example}, but the pipeline loads masks: add masks, or take a detector without them, such as '
+                f"{path}: {without_mask} of {self.annotations} annotations have no 'segmentation', the first one in "
+                f'{example}, but the pipeline loads masks: add masks, or use a detector without them, such as '
                 'RetinaNet'
             )
 
     def _class_folders(self) -> list[str]:
-        """The folders after which mmpretrain names the classes, where no ann_file does."""
+        """The folders that mmpretrain takes as classes if there is no ann_file."""
         folder = self.dataset.img_prefix
         if self.dataset.ann_file or not self.is_local or not os.path.isdir(folder):
             return []
@@ -530,7 +530,7 @@ class DatasetCheck:
             if odd or not lines:
                 found = f'line {odd[0] + 1} is {lines[odd[0]]!r}' if odd else 'it is empty'
                 yield ValueError(
-                    f'{dataset.ann_file} must have an image and the number of its class in each line, as '
+                    f'{dataset.ann_file} must have an image and the index of its class in each line, such as '
                     f"'cat/1.jpg 0', but {found}"
                 )
                 return
@@ -553,8 +553,8 @@ class DatasetCheck:
                 return
             if self.folders == sorted(self.classes) != self.classes:
                 warnings.warn(
-                    f"{folder} has the config's classes in another order: mmpretrain numbers labels in the "
-                    'alphabetical order of the folders, so give metainfo=dict(classes=(...)) the order '
+                    f"{folder} has the config's classes in a different order: mmpretrain numbers labels in the "
+                    'alphabetical order of the folders, so set the order in metainfo=dict(classes=(...)) to '
                     f'{listed(self.folders, 10)}',
                     stacklevel=2,
                 )
@@ -566,7 +566,9 @@ class DatasetCheck:
             topk = evaluator.get('topk', 1)
             if np.max(topk) > len(self.classes):
                 kind, number = evaluator.get('type'), len(self.classes)
-                yield ValueError(f'{self.name} has {number} classes, but {kind} has topk={topk}: {number} is the most')
+                yield ValueError(
+                    f'{self.name} has {number} classes, but {kind} has topk={topk}: it can be at most {number}'
+                )
 
     def _check_labelled_images(self) -> Iterator[Exception]:
         samples = self.dataset.load_data_list()
@@ -650,7 +652,7 @@ class DatasetCheck:
             )
             return
         heads = [head for _, head in self._heads()]
-        # One channel stands for two classes.
+        # A single channel means two classes.
         self.num_classes = max(2, min([head['num_classes'] for head in heads], default=len(self.classes)))
         self.ignored = [head.get('ignore_index', 255) for head in heads] or [255]
         self.transform = TRANSFORMS.build({**loader, '_scope_': self.config.get('default_scope')})
@@ -667,7 +669,7 @@ class DatasetCheck:
         yield from grouped(faults)
 
     def _read_label_map(self, file: dict) -> tuple[tuple[str, str] | None, list[int]]:
-        """What is wrong with a label map or its image and how to correct it, and the labels in it."""
+        """The problem with a label map or its image and how to correct it, and the labels it contains."""
         image, path = file['img_path'], file['seg_map_path']
         size = image_size(image, decode=self.everything) if self._opens_images() else None
         if isinstance(size, Exception):
@@ -679,7 +681,7 @@ class DatasetCheck:
         if values.ndim != 2:
             return (
                 f'{path} has {values.shape[-1]} channels',
-                'a label map has one, which holds the number of a class for each pixel, no colors: convert it',
+                'a label map has one channel with a class index for each pixel, not colors: convert it',
             ), []
         height, width = values.shape
         if size not in (None, (width, height)):
@@ -689,7 +691,7 @@ class DatasetCheck:
         if wrong.any():
             first = int(self.dataset.reduce_zero_label)
             return (
-                f'{path} holds the values {listed(np.unique(values[wrong]).tolist())}',
+                f'{path} contains the values {listed(np.unique(values[wrong]).tolist())}',
                 f'with num_classes={self.num_classes} and reduce_zero_label={bool(first)} classes are {first} to '
                 f'{self.num_classes - 1 + first}, and 255 is ignored: correct the label map, or num_classes and '
                 'metainfo=dict(classes=(...))',
@@ -698,14 +700,14 @@ class DatasetCheck:
 
 
 def is_local(path: str, *readers: dict) -> bool:
-    """Whether a path is read from a local disk, by what it looks like and by the backends its readers' configs name."""
+    """Whether a path is read from a local disk, judging by its form and by the backends in its readers' configs."""
     args = [reader.get(key) or {} for reader in readers for key in ('backend_args', 'file_client_args')]
     return '://' not in path and '.zip@' not in path and all(x.get('backend') in (None, 'local', 'disk') for x in args)
 
 
 def missing_files(paths: Sequence[str]) -> list[str]:
-    """Those that do not exist, of a million too: folders are listed, since asking for each file takes minutes on a
-    network's disk.
+    """The paths that do not exist. Lists folders, since a million separate queries would take minutes on a network file
+    system.
     """
     folders = {os.path.dirname(path) for path in paths}
     found = {os.path.join(folder, name) for folder in folders if os.path.isdir(folder) for name in os.listdir(folder)}
@@ -717,7 +719,7 @@ def is_number(value: Any) -> bool:
 
 
 def mask_fault(mask: Any) -> str | None:
-    """What keeps pycocotools from reading a `segmentation`; None for lists and dicts that it can read."""
+    """Why pycocotools cannot read a `segmentation`; None if it can."""
     if isinstance(mask, dict):
         from pycocotools import mask as mask_utils  # comes with mmdet
 
@@ -729,7 +731,7 @@ def mask_fault(mask: Any) -> str | None:
                 with warnings.catch_warnings():
                     warnings.simplefilter('ignore')  # of NumPy 2, about pycocotools
                     mask_utils.decode(mask)
-        except Exception as error:  # of its C code, nearly everything
+        except Exception as error:  # its C code raises almost anything
             return f'a run-length encoded segmentation that cannot be read ({type(error).__name__}: {error})'
     elif isinstance(mask, list):
         numbers = [number for polygon in mask if isinstance(polygon, list) for number in polygon]
@@ -741,7 +743,7 @@ def mask_fault(mask: Any) -> str | None:
 
 
 def complete(entries: list, noun: str, keys: Sequence[str], faults: dict[str, list[str]]) -> list[dict]:
-    """The entries of a list in a JSON file that are dicts with all keys; the others are faults."""
+    """The entries of a list in a JSON file that are dicts with all keys; all others are added to the faults."""
     whole = []
     for index, entry in enumerate(entries):
         missing = [key for key in keys if entry.get(key) is None] if isinstance(entry, dict) else list(keys)
@@ -755,14 +757,14 @@ def complete(entries: list, noun: str, keys: Sequence[str], faults: dict[str, li
 
 
 def grouped(faults: dict[str, list[str]], prefix: str = '') -> Iterator[ValueError]:
-    """A message for each kind of fault, by how to correct it: its first example and the number of the others."""
+    """One error for each kind of fault, grouped by correction: the first example and the number of others."""
     for correction, examples in faults.items():
         others = f' ({len(examples) - 1} more like this)' if len(examples) > 1 else ''
         yield ValueError(f'{prefix}{examples[0]}{others}; {correction}')
 
 
 def image_size(path: str, decode: bool = True) -> tuple[int, int] | Exception:
-    """Width and height of an image in pixels, turned as its EXIF data say, as mmcv does; or why it cannot be read."""
+    """Width and height of an image in pixels after EXIF rotation, as in mmcv; or the error if it cannot be read."""
     try:
         with Image.open(path) as image:
             if decode:
@@ -774,7 +776,7 @@ def image_size(path: str, decode: bool = True) -> tuple[int, int] | Exception:
 
 
 def in_threads(function: Callable, items: list, description: str, progress: bool = True) -> Iterator:
-    """A function's results in order, from threads: image libraries work without Python's lock."""
+    """A function's results in order, computed in threads: image libraries release Python's global lock."""
     console = Console(stderr=True)
     with ThreadPoolExecutor() as pool:
         yield from track(

@@ -1,6 +1,6 @@
-"""Checks this machine: `python -m mmslide.doctor`.
+"""Checks the installation: `python -m mmslide.doctor`.
 
-At import it takes nothing but the standard library, since it has to run where `import mmslide` fails.
+Imports only the standard library at module level, since it has to run even if `import mmslide` fails.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-TOLERANCE = 1e-4  # of a device's float32 results against the CPU's
+TOLERANCE = 1e-4  # between a device's float32 results and the reference
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Row:
 
 
 def examine() -> Iterator[Row]:
-    """What mmslide needs on this machine, in the order in which it is needed; stops at what nothing works without."""
+    """Checks what mmslide needs, in the order of dependence; stops if something essential is missing."""
     table = runpy.run_path(str(HERE / 'version.py'))
     yield Row('Python', f'{platform.python_version()} on {platform.platform()}')
     usable = True
@@ -86,7 +86,7 @@ def _mmslide() -> Row:
             mmslide._set_up()
         importlib.import_module('mmslide.models')
     except Exception as error:
-        return Row('mmslide', f'cannot be imported: {_line(error)}', 'wrong', 'install it again: pip install .')
+        return Row('mmslide', f'cannot be imported: {_line(error)}', 'wrong', 'reinstall it: pip install .')
     return Row('mmslide', f'{mmslide.__version__} in {HERE}')
 
 
@@ -103,7 +103,7 @@ def _torchvision() -> Row:
 
 
 def _devices() -> Iterator[Row]:
-    """The devices, the backends of Slide Attention on each, and what the default one computes."""
+    """The devices, the backends of Slide Attention on each, and the accuracy of the default one."""
     import torch
 
     from mmslide.ops.backends import BACKENDS, choose_backend
@@ -135,7 +135,7 @@ def _devices() -> Iterator[Row]:
 
 
 def _deviation(device: str, what: str) -> float:
-    """The largest relative error of outputs and gradients, of the op or of a transformer block with it."""
+    """The largest relative error of outputs and gradients, for the op or for a transformer block with it."""
     import torch
     from torch import Tensor
 
@@ -199,7 +199,7 @@ def _print(rows: list[Row]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog='mmslide.doctor', description='Check this machine for mmslide.')
+    parser = argparse.ArgumentParser(prog='mmslide.doctor', description='Check the installation of mmslide.')
     parser.add_argument('--json', action='store_true', help='print JSON, for bug reports')
     args = parser.parse_args()
     rows = list(examine())

@@ -1,4 +1,4 @@
-"""What tools/train.py and tools/test.py do between their arguments and mmengine's runner."""
+"""tools/train.py and tools/test.py, from their arguments to mmengine's runner."""
 
 import ast
 import difflib
@@ -27,7 +27,7 @@ from mmslide.messages import INPUT_ERRORS, exit_on, listed, message
 from mmslide.stack import check_scope
 from mmslide.weights import is_pretrained
 
-# Of a config, beside the arguments of mmengine's Runner: what it looks up later, and what tools look up.
+# Config keys in addition to the arguments of mmengine's Runner: those that it and the tools look up later.
 RUNNER_KEYS = (
     *('activation_checkpointing', 'compile', 'custom_imports', 'efficient_conv_bn_eval', 'find_unused_parameters'),
     *('model_wrapper_cfg', 'runner_type', 'strategy', 'sync_bn', 'tta_model', 'tta_pipeline', 'data_root'),
@@ -38,13 +38,13 @@ class _Options(DictAction):
     def __call__(self, parser: ArgumentParser, namespace: Namespace, values: Any, *args: Any) -> None:
         for value in values:
             if '=' not in value:
-                parser.error(f'--cfg-options takes KEY=VALUE pairs, got {value!r}')
+                parser.error(f'--cfg-options must be KEY=VALUE pairs, got {value!r}')
         try:
             super().__call__(parser, namespace, values, *args)
-        except RecursionError:  # mmengine's, in the commas of anything but plain values
+        except RecursionError:  # raised by mmengine's parser for anything but plain values
             parser.error(
-                '--cfg-options takes plain values and lists or tuples of them, no dicts and calls: set each key of a '
-                f'dict by itself, as a.b=1, or write a config with _base_; got {" ".join(values)}'
+                '--cfg-options supports plain values and lists or tuples of them, not dicts or calls: set each key of '
+                f'a dict separately, as in a.b=1, or write a config with _base_; got {" ".join(values)}'
             )
 
 
@@ -57,26 +57,26 @@ def config_parser(description: str) -> ArgumentParser:
         nargs='+',
         action=_Options,
         default={},
-        help='KEY=VALUE pairs that override the config, lists as key="[a,b]". data_root=DIR moves all data sets.',
+        help='KEY=VALUE pairs that override the config, lists as key="[a,b]"; data_root=DIR changes all data paths',
     )
     return parser
 
 
 def argument_parser(description: str) -> ArgumentParser:
-    """The options that training and testing share, as mmdet and mmseg name them."""
+    """The options shared by training and testing, named as in mmdet and mmseg."""
     parser = config_parser(description)
     parser.add_argument('--work-dir', help='folder for logs and checkpoints; ./work_dirs/CONFIG by default')
     parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')
-    # torch.distributed.launch passes it by argument, torchrun by environment variable.
+    # torch.distributed.launch passes it as an argument, torchrun as an environment variable.
     parser.add_argument('--local-rank', '--local_rank', type=int, default=0)
     return parser
 
 
 def read_config(args: Namespace, *needed: str) -> Config:
-    """The config with the options of `argument_parser` applied.
+    """Reads the config and applies the options of `argument_parser`.
 
     Args:
-        needed: what the config must have beside a model.
+        needed: keys that the config must have in addition to model.
 
     Raises:
         FileNotFoundError: there is no such config.
@@ -95,7 +95,7 @@ def read_config(args: Namespace, *needed: str) -> Config:
 
 
 def config_with_options(name: str, options: dict[str, Any]) -> Config:
-    """A config by its path or its bare name, with the values of --cfg-options.
+    """Reads a config by path or bare name and applies --cfg-options.
 
     Raises:
         FileNotFoundError: there is no such config.
@@ -113,11 +113,11 @@ def config_with_options(name: str, options: dict[str, Any]) -> Config:
 
 
 def config_from_file(name: str) -> Config:
-    """A config by its path or its bare name.
+    """Reads a config by path or bare name.
 
     Raises:
         FileNotFoundError: there is no such config.
-        ValueError: it cannot be read; whatever its code raises becomes this.
+        ValueError: it cannot be read, or its code raises any exception.
     """
     path = find_config(name)
     try:
@@ -127,7 +127,7 @@ def config_from_file(name: str) -> Config:
 
 
 def merge_options(config: Config, options: dict[str, Any]) -> None:
-    """Applies --cfg-options, keys with dots for nested values, to a config.
+    """Applies --cfg-options to a config; keys with dots are for nested values.
 
     A top-level key that neither the config nor mmengine knows is accepted with a warning.
 
@@ -142,11 +142,11 @@ def merge_options(config: Config, options: dict[str, Any]) -> None:
         warnings.warn(f'--cfg-options: neither {config.filename} nor mmengine knows {key!r}', stacklevel=2)
     config.merge_from_dict(options)
     if any(option.startswith('custom_imports') for option in options) and config.get('custom_imports'):
-        import_modules_from_strings(**config.custom_imports)  # mmengine does so while it reads the file only
+        import_modules_from_strings(**config.custom_imports)  # mmengine does so only while reading the file
 
 
 def build_runner(config: Config) -> Runner:
-    """mmengine's runner; on a machine without a GPU its processes talk through gloo."""
+    """Builds mmengine's runner; without a GPU, distributed processes use gloo."""
     keep_config_file(config)
     if not torch.cuda.is_available() and config.launcher == 'pytorch':
         torch.distributed.init_process_group('gloo')
@@ -154,8 +154,8 @@ def build_runner(config: Config) -> Runner:
 
 
 def keep_config_file(config: Config) -> None:
-    """In the work_dir mmengine writes the whole config, without comments and _base_, under the name of its file: under
-    the time instead, if that is the file itself.
+    """Keeps mmengine from overwriting the config file: it writes the full config, without comments and _base_, into the
+    work_dir under the same name. If that is the config file itself, the time is used as the name instead.
     """
     path = Path(config.work_dir, Path(config.filename).name)
     if path.exists() and path.samefile(config.filename):
@@ -163,12 +163,12 @@ def keep_config_file(config: Config) -> None:
 
 
 class _RunHook(Hook):
-    """Knows whether the first epoch has begun, keeps a checkpoint from naming files of other runs, and starts from
-    averaged weights alone.
+    """Records whether the first epoch has started, drops a checkpoint's references to files of other runs, and loads
+    only averaged weights.
 
-    mmengine deletes the best checkpoint that a resumed one names when there is a better one, wherever that is. The
-    EMAHook of mmpretrain would load a checkpoint's `ema_state_dict`, which holds the weights before averaging, without
-    unwrapping test-time augmentation, so that this tests random weights, and without leaving out heads that do not fit.
+    When a better checkpoint is found, mmengine deletes the best one recorded in a resumed checkpoint, wherever it is.
+    mmpretrain's EMAHook would load a checkpoint's `ema_state_dict`, which has the weights before averaging, without
+    unwrapping test-time augmentation (so random weights would be tested) and without skipping heads that do not fit.
     """
 
     priority = 'VERY_HIGH'  # before EMAHook
@@ -187,13 +187,13 @@ class _RunHook(Hook):
         for key in [key for key in info if str(key).startswith(('best_ckpt', 'last_ckpt'))]:
             parents = Path(str(info[key])).resolve().parents
             if not any(Path(folder).resolve() in parents for folder in folders):
-                runner.logger.warning(f'{key} of the checkpoint, {info[key]}, is outside {folders[0]} and not followed')
+                runner.logger.warning(f'{key} of the checkpoint, {info[key]}, is outside {folders[0]} and is ignored')
                 del info[key]
 
 
 def launch(runner: Runner, start: Callable[[], Any]) -> None:
-    """Calls `runner.train` or `runner.test`. What these set up first raises errors of the config and the data: they end
-    the process with one message. Afterwards only files, the system and non-finite numbers do, and all else is a bug.
+    """Calls `runner.train` or `runner.test`. During setup, errors are due to the config or the data and end the process
+    with a single message. Later, only file, system and non-finite errors do; any other error is a bug.
     """
     hook = _RunHook()
     runner.register_hook(hook)
@@ -201,10 +201,10 @@ def launch(runner: Runner, start: Callable[[], Any]) -> None:
         with exit_on(OSError, FloatingPointError):
             start()
     except Exception as error:
-        # How mmcv and OpenCV fail to read an image.
+        # Messages of mmcv and OpenCV for images that cannot be read.
         unreadable = 'failed to load image' in str(error) or "in function 'imdecode_'" in str(error)
         if unreadable:
-            error = OSError(f'an image cannot be read ({message(error)}): tools/check_data.py names all such files')
+            error = OSError(f'an image cannot be read ({message(error)}): tools/check_data.py lists all such files')
         elif hook.started:
             raise
         with exit_on(*INPUT_ERRORS):
@@ -212,14 +212,14 @@ def launch(runner: Runner, start: Callable[[], Any]) -> None:
 
 
 def fall_back_to_cpu(config: Config) -> None:
-    """Without a GPU replaces what needs one, and says so: mixed precision, SyncBN, one device for each process."""
+    """Without a GPU, replaces what needs one, with warnings: mixed precision, SyncBN, one device per process."""
     if torch.cuda.is_available():
         return
     wrapper = config.get('optim_wrapper')
     if wrapper and wrapper.get('type') == 'AmpOptimWrapper':
         if bfloat16_pays():
             wrapper.type = 'mmslide.BackboneAmpOptimWrapper'
-            warnings.warn('no GPU: mixed precision is bfloat16, in the backbone alone', stacklevel=2)
+            warnings.warn('no GPU: mixed precision uses bfloat16, only in the backbone', stacklevel=2)
         else:
             wrapper.type = 'OptimWrapper'
             warnings.warn(
@@ -230,11 +230,11 @@ def fall_back_to_cpu(config: Config) -> None:
             wrapper.pop(key, None)
     replaced = [node for node in dicts(config.model) if node.get('type') in ('SyncBN', 'SyncBatchNorm')]
     if replaced:
-        warnings.warn(f'no GPU: BN instead of SyncBN, which the config names {len(replaced)} times', stacklevel=2)
+        warnings.warn(f'no GPU: SyncBN is replaced by BN ({len(replaced)} times in the config)', stacklevel=2)
         for node in replaced:
             node['type'] = 'BN'
     if config.launcher == 'pytorch':
-        warnings.warn('no GPU: the processes talk through gloo', stacklevel=2)
+        warnings.warn('no GPU: distributed training uses gloo', stacklevel=2)
         config.model_wrapper_cfg = dict(
             type='MMDistributedDataParallel',
             device_ids=None,
@@ -244,13 +244,14 @@ def fall_back_to_cpu(config: Config) -> None:
 
 
 def check_pretrained(config: Config) -> None:
-    """Fetches and reads what `init_cfg` and `load_from` start from, before anything is written.
+    """Downloads and reads the checkpoints of `init_cfg` and `load_from`, before anything is written.
 
-    What `load_from` does not fill, such as heads with another number of classes, starts fresh, with a warning.
+    Weights that `load_from` does not fill, such as heads with a different number of classes, are initialized from
+    scratch, with a warning.
 
     Raises:
-        OSError: it cannot be read or downloaded; the message says how to do without.
-        ValueError: it is damaged, or holds more than weights; an init_cfg has no type; nothing of `load_from` fits the
+        OSError: one cannot be read or downloaded; the message shows alternatives.
+        ValueError: one is damaged or has more than weights; an init_cfg has no type; no weights of `load_from` fit the
             model.
     """
     for path, node in named_dicts(config.model, 'model'):
@@ -262,23 +263,23 @@ def check_pretrained(config: Config) -> None:
                 read_checkpoint(node['checkpoint'])
             except OSError as error:
                 raise OSError(
-                    f'{error}. --cfg-options {path}.checkpoint=FILE takes a file, {init_cfg}=None starts from scratch'
+                    f'{error}. --cfg-options {path}.checkpoint=FILE uses a file, {init_cfg}=None trains from scratch'
                 ) from error
     if config.get('load_from') and not config.get('resume'):
         state = find_state_dict(read_checkpoint(config.load_from), config.load_from)
         problems = load_what_fits(build_model(config, 'meta'), state)
         if sum(len(keys) for what, keys in problems.items() if what != 'missing') == len(state):
-            raise ValueError(f'nothing in load_from={config.load_from} fits the model: {counted(problems)}')
+            raise ValueError(f'no weights in load_from={config.load_from} fit the model: {counted(problems)}')
         if problems:
             warnings.warn(
-                f'load_from={config.load_from} does not fit the whole model, and what it does not fill starts fresh: '
+                f'load_from={config.load_from} does not fit the whole model; the rest is initialized from scratch: '
                 f'{counted(problems, 20)}',
                 stacklevel=2,
             )
 
 
 def check_model(config: Config, name: str, checkpoint: str | None = None) -> None:
-    """Builds the config's model once, and loads a checkpoint into it that must fit whole, before anything is written.
+    """Builds the config's model and loads a checkpoint, which must fit completely, before anything is written.
 
     Args:
         name: of the config, for messages.
@@ -296,15 +297,15 @@ def check_model(config: Config, name: str, checkpoint: str | None = None) -> Non
 
 
 def run_checkpoints(folder: str | Path) -> list[Path]:
-    """The checkpoints that trainings saved in a folder after epochs or iterations, oldest number first."""
+    """The checkpoints saved in a folder after epochs or iterations, lowest number first."""
     files = [path for path in Path(folder).glob('*.pth') if re.fullmatch(r'(epoch|iter)_\d+', path.stem)]
     return sorted(files, key=lambda path: int(path.stem.split('_')[1]))
 
 
 def last_whole_checkpoint(work_dir: str | Path) -> str | None:
-    """The checkpoint to continue from: the one that `last_checkpoint` names, or else the one saved last.
+    """The checkpoint to resume from: the one named in `last_checkpoint`, or else the most recent.
 
-    Those that are not whole are skipped with a warning, and those of other runs are named in one.
+    Damaged checkpoints are skipped with a warning; checkpoints of other runs are listed in a warning.
     """
     work_dir, metas = Path(work_dir).absolute(), {}
     last = _recorded(work_dir)
@@ -324,9 +325,9 @@ def last_whole_checkpoint(work_dir: str | Path) -> str | None:
 
 
 def _recorded(work_dir: Path) -> Path | None:
-    """The checkpoint that `last_checkpoint` in the work_dir names, if it is there.
+    """The checkpoint named in the work_dir's `last_checkpoint`, if it exists.
 
-    In a copy of a work_dir that is the copied one, though the record still leads to the original.
+    In a copy of a work_dir, this is the copied checkpoint, although the record still points to the original.
     """
     try:
         last = Path((work_dir / 'last_checkpoint').read_text().strip())
@@ -342,16 +343,16 @@ def _moment(meta: dict[str, Any]) -> tuple[str, int]:
 
 
 def same_run(first: dict[str, Any], second: dict[str, Any]) -> bool:
-    """Whether two checkpoints' meta data are of one run: the same config, and the later iteration was saved later."""
+    """Whether two checkpoints are of the same run: the same config, and the later iteration was saved later."""
     moments = [_moment(meta) for meta in (first, second)]
     times = [time for time, _ in sorted(moments, key=lambda moment: (moment[1], moment[0]))]
     return times[0] <= times[1] and not changed_settings(first.get('cfg'), second.get('cfg'))
 
 
 def changed_settings(first: Any, second: Any) -> list[str]:
-    """The top-level names that differ between two configs' texts, but for those that differ from start to start.
+    """The top-level names that differ between two configs' texts, except those that may change between starts.
 
-    The texts may come from a stranger's checkpoint, so they are parsed and not run.
+    The texts may come from an untrusted checkpoint, so they are parsed but not executed.
     """
     ignored = {'work_dir', 'load_from', 'resume', 'launcher', 'model_wrapper_cfg'}
     settings = []
@@ -367,27 +368,29 @@ def changed_settings(first: Any, second: Any) -> list[str]:
 
 
 def set_resume(config: Config, resume: str | None) -> None:
-    """Continues from a checkpoint file, or with 'auto' from `last_whole_checkpoint` of the work_dir, if there is any.
+    """Resumes from a checkpoint file, or with 'auto' from `last_whole_checkpoint` of the work_dir, if there is any.
 
-    Without `resume`, or from a file elsewhere, the checkpoints that earlier runs left in the work_dir are named in a
+    Without `resume`, or with a file in another folder, checkpoints of earlier runs in the work_dir are listed in a
     warning.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: the file is damaged, or is no checkpoint of a training.
+        ValueError: the file is damaged, or is not a training checkpoint.
     """
     if config.get('resume') and not resume:  # by --cfg-options or in the file
         resume, config.resume = config.get('load_from') or 'auto', False
     if resume == 'auto':
         resume = last_whole_checkpoint(config.work_dir)
         if resume is None:
-            warnings.warn(f'--resume: no whole checkpoint in {config.work_dir}, training starts anew', stacklevel=2)
+            warnings.warn(
+                f'--resume: no usable checkpoint in {config.work_dir}, training starts from the beginning', stacklevel=2
+            )
             return
     earlier = [path.name for path in run_checkpoints(config.work_dir)]
     if earlier and (resume is None or Path(resume).resolve().parent != Path(config.work_dir).resolve()):
         warnings.warn(
             f'{config.work_dir} has checkpoints of an earlier run, and this one will overwrite those of the same name: '
-            f'{listed(earlier, 10)}. --resume continues it, --work-dir DIR keeps the two apart',
+            f'{listed(earlier, 10)}. Use --resume to continue it, or --work-dir DIR to keep both',
             stacklevel=2,
         )
     if resume is None:
@@ -400,23 +403,23 @@ def set_resume(config: Config, resume: str | None) -> None:
         missing = [key for key in missing if key != 'optimizer']
     if missing:
         raise ValueError(
-            f'{resume} is not a checkpoint of a training, which could be resumed: it has no {", ".join(missing)}. '
-            f'--cfg-options load_from={resume} starts a new training from its weights'
+            f'{resume} is not a training checkpoint and cannot be resumed: it has no {", ".join(missing)}. '
+            f'Use --cfg-options load_from={resume} to start a new training run from its weights'
         )
     changed = changed_settings(meta.get('cfg', config.pretty_text), config.pretty_text)
     if changed:
         warnings.warn(
-            f'{resume} was saved with another {listed(changed, 10)}; training goes on with the present config',
+            f'{resume} was saved with a different {listed(changed, 10)}; training continues with the current config',
             stacklevel=2,
         )
     config.resume, config.load_from = True, resume
 
 
 def set_auto_scale_lr(config: Config) -> None:
-    """Scales the learning rate by the batch size at hand over `auto_scale_lr.base_batch_size`.
+    """Scales the learning rate by the actual batch size divided by `auto_scale_lr.base_batch_size`.
 
     Raises:
-        ValueError: the config does not name a base batch size.
+        ValueError: the config has no base batch size.
     """
     if not (config.get('auto_scale_lr') or {}).get('base_batch_size'):
         raise ValueError('--auto-scale-lr needs auto_scale_lr=dict(base_batch_size=...) in the config')
@@ -424,12 +427,12 @@ def set_auto_scale_lr(config: Config) -> None:
 
 
 def set_out(config: Config, out: str) -> None:
-    """Writes the test's predictions: one pickle file for detection and classification, a folder of label maps for
+    """Writes the predictions of a test: a pickle file for detection and classification, a folder of label maps for
     segmentation.
 
     Raises:
-        ValueError: the path does not fit the task or is an input, or the config's default_scope is none of mmdet, mmseg
-            and mmpretrain.
+        ValueError: the path does not suit the task or is an input, or the config's default_scope is not mmdet, mmseg or
+            mmpretrain.
     """
     scope = config.get('default_scope')
     evaluators = config.test_evaluator if isinstance(config.test_evaluator, list) else [config.test_evaluator]
@@ -449,7 +452,7 @@ def set_out(config: Config, out: str) -> None:
 
 
 def set_show(config: Config, show: bool, show_dir: str | None, wait_time: float) -> None:
-    """Draws every prediction beside its ground truth: in a window, or into `show_dir`.
+    """Draws every prediction next to its ground truth: in a window, or into `show_dir`.
 
     Raises:
         ValueError: the config has no visualization hook or no visualizer, or show_dir is an input.
@@ -464,7 +467,7 @@ def set_show(config: Config, show: bool, show_dir: str | None, wait_time: float)
     if show:
         hook.update(show=True, wait_time=wait_time)
     if show_dir and scope == 'mmdet':
-        hook.test_out_dir = os.path.abspath(show_dir)  # a relative one would go below the work_dir's time stamp
+        hook.test_out_dir = os.path.abspath(show_dir)  # a relative one would go into the time-stamped folder
     elif show_dir and scope == 'mmpretrain':
         hook.out_dir = show_dir
     elif show_dir:
@@ -483,10 +486,10 @@ def _inputs(config: Config) -> list[str]:
 
 
 def set_tta(config: Config) -> None:
-    """Tests with the config's test-time augmentation, without a mask head: mmdet merges boxes, but no masks.
+    """Tests with the config's test-time augmentation, without a mask head: mmdet merges boxes but not masks.
 
     Raises:
-        ValueError: the config has none, or draws predictions by mmpretrain, which cannot draw augmented images.
+        ValueError: the config has none, or draws predictions with mmpretrain, which cannot draw augmented images.
     """
     missing = [key for key in ('tta_model', 'tta_pipeline') if not config.get(key)]
     if missing:
@@ -494,10 +497,10 @@ def set_tta(config: Config) -> None:
     if config.get('default_scope') == 'mmpretrain' and config.get('default_hooks', {}).get('visualization', {}).get(
         'enable'
     ):
-        raise ValueError('mmpretrain cannot draw augmented images: give --tta or --show-dir (--show), not both')
+        raise ValueError('mmpretrain cannot draw augmented images: use --tta or --show-dir (--show), not both')
     roi_head = config.model.get('roi_head', {})
     if roi_head.get('mask_head'):
-        warnings.warn('--tta: mmdet merges boxes but no masks, so the mask head is left out', stacklevel=2)
+        warnings.warn('--tta: mmdet merges boxes but not masks, so the mask head is removed', stacklevel=2)
         roi_head.update(mask_head=None, mask_roi_extractor=None)
         for evaluator in dicts(config.test_evaluator):
             if not isinstance(evaluator.get('metric', ''), str):

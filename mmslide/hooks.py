@@ -15,13 +15,13 @@ from mmslide.registry import HOOKS
 
 @HOOKS.register_module()
 class CheckNonFiniteHook(Hook):
-    """Stops a training whose losses or weights are NaN or infinite, before a checkpoint of such weights is saved.
+    """Stops training when losses or weights are NaN or infinite, before a checkpoint with such weights is saved.
 
-    A single non-finite loss is let through: with mixed precision the gradient scaler skips its step. Weights are
+    A single non-finite loss is tolerated: with mixed precision, the gradient scaler skips that step. Weights are
     checked after each epoch, before each validation and before each checkpoint.
 
     Args:
-        patience: number of consecutive iterations with a non-finite loss that stop the training.
+        patience: number of consecutive iterations with a non-finite loss after which training stops.
 
     Raises:
         ValueError: patience is not positive.
@@ -87,17 +87,17 @@ class CheckNonFiniteHook(Hook):
 
 @HOOKS.register_module()
 class SlideKernelHook(Hook):
-    """Sends the kernels of every Slide Attention to the visualizer, and so to LocalVisBackend, TensorBoard or W&B.
+    """Logs the kernels of every Slide Attention to the visualizer: LocalVisBackend, TensorBoard or W&B.
 
-    They are one image, `slide_kernels` (see `mmslide.figures.kernel_figure`), and for each block a scalar,
-    `slide_kernels/NAME`: the distance from the fixed shift (see `mmslide.visualize.shift_distance`). Beside an EMAHook
-    they are those of the model that trains, not of the average.
+    It logs an image, `slide_kernels` (see `mmslide.figures.kernel_figure`), and for each block a scalar,
+    `slide_kernels/NAME`: the distance from the fixed shift (see `mmslide.visualize.shift_distance`). With an EMAHook,
+    the kernels are those of the trained model, not of the average.
 
     Args:
-        interval: number of iterations from one time to the next; the first is before the training.
+        interval: logging interval in iterations; the first time is before training starts.
 
     Raises:
-        ValueError: interval is not positive; or, when the training starts, the model has no Slide Attention.
+        ValueError: interval is not positive; or, when training starts, the model has no Slide Attention.
     """
 
     def __init__(self, interval: int = 1000) -> None:

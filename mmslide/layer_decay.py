@@ -19,11 +19,11 @@ PARAMWISE_KEYS = {
 class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     """Layer-wise learning-rate decay (as in ELECTRA, ICLR 2020, arXiv 2003.10555) for the backbones of mmslide.
 
-    A backbone with N blocks over all stages has the layers 0, the first patch embedding, and 1 to N, the blocks. A
-    later stage's embedding and position encoding belong to the stage's first block, its norm to the last. A layer's
-    learning rate is lr · decay_rate^(N + 1 - layer), and lr is that of everything outside the backbone.
+    In a backbone with N blocks over all stages, the first patch embedding is layer 0 and the blocks are layers 1 to N.
+    A later stage's embedding and position encoding belong to the stage's first block, its norm to the last. A layer's
+    learning rate is lr · decay_rate^(N + 1 - layer); everything outside the backbone has the learning rate lr.
 
-    In a config of mmdet or mmseg, with nothing imported:
+    In a config of mmdet or mmseg, without importing anything:
 
         optim_wrapper = dict(
             type='OptimWrapper',
@@ -33,13 +33,13 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         )
 
     Args:
-        optim_wrapper_cfg: of the optimizer wrapper, with the optimizer and its lr.
-        paramwise_cfg: decay_rate, in (0, 1], and whatever mmengine's `DefaultOptimWrapperConstructor` takes, such as
+        optim_wrapper_cfg: config of the optimizer wrapper, with the optimizer and its lr.
+        paramwise_cfg: decay_rate, in (0, 1], and all options of mmengine's `DefaultOptimWrapperConstructor`, such as
             norm_decay_mult or custom_keys, whose lr_mult multiplies the decayed rate.
 
     Raises:
-        ValueError: decay_rate is missing or out of range, paramwise_cfg has unknown keys, the optimizer has no lr; when
-            called, the model has no backbone of mmslide.
+        ValueError: decay_rate is missing or out of range, paramwise_cfg has unknown keys, or the optimizer has no lr;
+            when called: the model has no mmslide backbone.
     """
 
     def __init__(self, optim_wrapper_cfg: dict, paramwise_cfg: dict | None = None) -> None:
@@ -58,11 +58,11 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         self, params: list[dict], module: nn.Module, prefix: str = '', is_dcn_module: int | float | None = None
     ) -> None:
         super().add_params(params, module, prefix, is_dcn_module)
-        if not prefix:  # the base class calls this for every submodule; here it has been through the whole model
+        if not prefix:  # the base class calls this for every submodule; an empty prefix is the whole model, at the end
             params[:] = self._decay(params, module)
 
     def _decay(self, params: list[dict], model: nn.Module) -> list[dict]:
-        """The base class's groups of one parameter each with decayed rates, those with the same settings merged."""
+        """The base class's single-parameter groups with decayed rates; groups with the same settings are merged."""
         backbones = [module for module in model.modules() if isinstance(module, Pyramid)]
         if not backbones:
             raise ValueError(f'layer-wise decay needs a model with a backbone of mmslide, got {type(model).__name__}')
@@ -97,7 +97,7 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
 
 
 def layer_ids(backbone: Pyramid) -> dict[nn.Parameter, int]:
-    """Of every parameter its layer: see `LayerDecayOptimWrapperConstructor`."""
+    """The layer of every parameter: see `LayerDecayOptimWrapperConstructor`."""
     layers: dict[nn.Parameter, int] = {}
     first = 1
     for stage in backbone.stages:

@@ -1,4 +1,4 @@
-"""Errors that the user can fix: one message and exit status 2 from every tool."""
+"""Errors that the user can fix: every tool prints a single message and exits with status 2."""
 
 import sys
 import sysconfig
@@ -8,15 +8,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-# What arguments, configs, data and checkpoints that do not fit raise, here and in mmengine, mmdet and mmseg. All others
+# Raised for invalid arguments, configs, data and checkpoints, here and in mmengine, mmdet and mmseg. All others
 # (RuntimeError, AttributeError, ...) are bugs.
 INPUT_ERRORS = (OSError, ValueError, TypeError, KeyError, ImportError, AssertionError)
 
 
 @contextmanager
 def exit_on(*errors: type[Exception]) -> Iterator[None]:
-    """Turns these errors into one message on stderr and exit status 2; others keep their traceback, and so do those of
-    a user's own code.
+    """Turns these errors into a single message on stderr and exit status 2. Other errors, and errors in the user's own
+    code, keep their traceback.
     """
     try:
         yield
@@ -30,7 +30,7 @@ def exit_on(*errors: type[Exception]) -> Iterator[None]:
 def raised_by_user(error: BaseException) -> bool:
     """Whether an error comes from code outside this package, its tools and what is installed.
 
-    mmengine's registries raise errors again with the name of the class; an error with a cause was made on purpose.
+    mmengine's registries re-raise errors with the name of the class; an error with an explicit cause is intentional.
     """
     while error.__context__ and not error.__suppress_context__:
         error = error.__context__
@@ -40,15 +40,15 @@ def raised_by_user(error: BaseException) -> bool:
 
 
 def message(error: Exception) -> str:
-    """The text of an error, which for one from a data loader's process is below a traceback of that process."""
+    """The text of an error; for errors from a data loader process, it follows the traceback of that process."""
     text = str(error.args[0] if isinstance(error, KeyError) and error.args else error).strip()
     if 'Original Traceback' in text:
         text = text.splitlines()[-1]
-    # A lone key or number says nothing without the kind of error.
+    # A bare key or number means nothing without the type of the error.
     return text if ' ' in text else f'{type(error).__name__}: {text}'.removesuffix(': ')
 
 
 def listed(values: Sequence[Any], limit: int = 3) -> str:
-    """The first values, and how many there are if not all are shown."""
+    """The first values, with the total number if not all are shown."""
     text = ', '.join(map(str, values[:limit])) or 'nothing'
     return text if len(values) <= limit else f'{text}, ... ({len(values)} in all)'

@@ -5,7 +5,7 @@ from mmengine.registry import OPTIM_WRAPPERS as MMENGINE_OPTIM_WRAPPERS
 from mmengine.registry import WEIGHT_INITIALIZERS as MMENGINE_WEIGHT_INITIALIZERS
 from mmengine.registry import Registry
 
-# `type='mmslide.SlidePVT'` in any config finds this registry by its scope, and the classes by their location.
+# For `type='mmslide.SlidePVT'` in a config, mmengine finds this registry by its scope and the classes by location.
 MODELS = Registry('model', parent=MMENGINE_MODELS, scope='mmslide', locations=['mmslide.models'])
 WEIGHT_INITIALIZERS = Registry(
     'weight initializer',

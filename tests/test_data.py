@@ -221,7 +221,10 @@ def without(key):
             of_first(segmentation=dict(size=[9, 9], counts=[81])),
             r'annotation 1 has a mask of size \[9, 9\], its image \[48, 48\]; .* must be the same',
         ),
-        (of_first(segmentation=None), r"1 of \d+ annotations have no 'segmentation', the first of .*1\.jpg.*RetinaNet"),
+        (
+            of_first(segmentation=None),
+            r"1 of \d+ annotations have no 'segmentation', the first one in .*1\.jpg.*RetinaNet",
+        ),
         (
             lambda content: content['categories'].append(dict(id=99, name='tv')),
             r"several categories 'tv', so its labels reach 80, at or above num_classes=80: merge them",
@@ -369,7 +372,7 @@ def test_classes_that_are_no_list_of_names(classes, coco):
             ('red', 'dust', 'white', 'platelet'),
             r"has no category dust.* 'white' gets the label of 'dust': give .* the order red, white, platelet$",
         ),
-        (('white', 'red', 'platelet'), r"in another order than.* 'red' gets the label of 'white':"),
+        (('white', 'red', 'platelet'), r"in a different order than.* 'red' gets the label of 'white':"),
     ],
 )
 def test_labels_that_mmdet_numbers_otherwise(classes, message, coco):

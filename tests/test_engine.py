@@ -123,7 +123,7 @@ def test_options_are_pairs(capsys):
 def test_options_are_plain_values(value, capsys):
     with pytest.raises(SystemExit, match=r'^2$'):
         engine.config_parser('').parse_args(['x.py', '--cfg-options', f'a={value}'])
-    assert 'no dicts and calls: set each key of a dict by itself, as a.b=1' in capsys.readouterr().err
+    assert 'not dicts or calls: set each key of a dict separately, as in a.b=1' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('scope', ['mmdet', 'mmseg'])
@@ -169,7 +169,7 @@ def test_fall_back_to_cpu(read, monkeypatch, pays):
     with pytest.warns(UserWarning, match='no GPU') as warnings:
         engine.fall_back_to_cpu(config)
     told = ' '.join(str(x.message) for x in warnings)
-    assert ('bfloat16, in the backbone alone' if pays else 'float32 instead of mixed precision') in told
+    assert ('bfloat16, only in the backbone' if pays else 'float32 instead of mixed precision') in told
     assert 'BN instead of SyncBN, which the config names 2 times' in told
     assert 'gloo' in told
     wrapper = 'mmslide.BackboneAmpOptimWrapper' if pays else 'OptimWrapper'
@@ -276,7 +276,7 @@ def test_resume_by_the_config(save, tmp_path):
     config = Config(dict(work_dir=str(tmp_path), model=dict(type='X'), resume=True))
     assert resumed(config, None) == path
     config = Config(dict(work_dir=str(tmp_path / 'new'), model=dict(type='X'), resume=True))
-    with pytest.warns(UserWarning, match='training starts anew'):
+    with pytest.warns(UserWarning, match='training starts from the beginning'):
         assert resumed(config, None) is None
 
 
@@ -297,7 +297,7 @@ def resumed(config, resume):
 
 def test_resume(save, tmp_path):
     config = Config(dict(work_dir=str(tmp_path / 'work'), lr=1))
-    with pytest.warns(UserWarning, match='no whole checkpoint in .*work, training starts anew'):
+    with pytest.warns(UserWarning, match='no usable checkpoint in .*work, training starts from the beginning'):
         assert resumed(config, 'auto') is None
     path = save('epoch_1.pth', 1, '20260101_000001', config.pretty_text)
     assert resumed(config, path) == path
@@ -328,7 +328,7 @@ def test_resume_from_what_is_no_checkpoint_of_a_training(missing, save, tmp_path
     torch.save([1, 2] if missing == 'everything' else content, path)
     message = {'meta': 'meta.epoch, meta.iter', 'everything': 'state_dict, optimizer'}.get(missing, missing)
     config = Config(dict(work_dir=str(tmp_path / 'work'), model=dict(type='X')))
-    with pytest.raises(ValueError, match=rf'not a checkpoint of a training.*it has no {message}.*load_from={path}'):
+    with pytest.raises(ValueError, match=rf'not a training checkpoint.*it has no {message}.*load_from={path}'):
         engine.set_resume(config, path)
     if missing == 'optimizer':
         config.default_hooks = dict(checkpoint=dict(type='CheckpointHook', save_optimizer=False))

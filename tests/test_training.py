@@ -66,7 +66,7 @@ def detector(detection, tmp_path_factory):
 def segmentor(segmentation, tmp_path_factory):
     work_dir = tmp_path_factory.mktemp('segmentor')
     output = tool('train', SEGMENTOR, '--work-dir', work_dir, *segmentation, 'model.decode_head.norm_cfg.type=SyncBN')
-    assert 'no GPU: BN instead of SyncBN' in output or torch.cuda.is_available()
+    assert 'no GPU: SyncBN is replaced by BN' in output or torch.cuda.is_available()
     assert 'mIoU' in output
     return work_dir / 'iter_3.pth'
 
@@ -114,7 +114,7 @@ def test_test_time_augmentation(detector, segmentor, detection, segmentation, tm
     options = [*detection, 'model.test_cfg.rcnn.score_thr=0.0']  # hardly trained, it is sure of nothing
     output = tool('test', DETECTOR, detector, '--tta', '--work-dir', tmp_path, *options)
     assert 'bbox_mAP' in output
-    assert '--tta: mmdet merges boxes but no masks' in output
+    assert '--tta: mmdet merges boxes but not masks' in output
     output = tool('test', SEGMENTOR, segmentor, '--tta', '--work-dir', tmp_path, *segmentation)
     assert 'mIoU' in output
 
@@ -253,7 +253,7 @@ def test_fine_tuned_for_other_classes(task, request, tmp_path):
     options = [*request.getfixturevalue(task), *more, *(f'model.{head}.num_classes={len(classes)}' for head in heads)]
     output = tool('train', path, '--work-dir', tmp_path / 'work', *options)
     # Of box heads classes and boxes' layers would start fresh, but these boxes are the same for all classes.
-    assert f'starts fresh: {number} keys of another shape (' in output
+    assert f'initialized from scratch: {number} keys of another shape (' in output
     assert f'Load checkpoint from {checkpoint}' in output
     assert metric in output
 
@@ -263,7 +263,7 @@ def test_two_processes_on_a_cpu(detection, tmp_path):
     command = [REPOSITORY / 'tools/dist_train.sh', DETECTOR, 2, '--work-dir', tmp_path / 'work', *detection]
     environment['PORT'] = str(get_free_port())
     output = run(*command, 'train_cfg.max_epochs=1', env=environment)
-    assert 'no GPU: the processes talk through gloo' in output or torch.cuda.is_available()
+    assert 'no GPU: distributed training uses gloo' in output or torch.cuda.is_available()
     checkpoint = tmp_path / 'work/epoch_1.pth'
     assert checkpoint.exists()
     # 8 images in batches of 4 from each of two processes: one iteration.
@@ -383,7 +383,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused(which, detector, segmentor, d
     options = ['--work-dir', tmp_path / 'work', *detection, *options]
     assert re.search(message, tool_error('test', DETECTOR, path, *options))
     resumed = tool_error('train', DETECTOR, '--resume', path, *options)
-    assert re.search('not a checkpoint of a training' if which == 'nothing' else message, resumed)
+    assert re.search('not a training checkpoint' if which == 'nothing' else message, resumed)
     assert not (tmp_path / 'work').exists()
 
 
