@@ -1,4 +1,4 @@
-"""Figures of what `mmslide.visualize` computes. Without pyplot, so that a user's own figures are left alone."""
+"""Figures of the results of `mmslide.visualize`. Does not use pyplot, so the user's own figures are unaffected."""
 
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -27,13 +27,13 @@ from mmslide.visualize import (
 
 PANEL = 2.4  # inches
 SIGNED, POSITIVE = 'RdBu_r', 'viridis'
-SHARES = {0.5: 'solid', 0.95: 'dashed'}  # of a receptive field, that are outlined
+SHARES = {0.5: 'solid', 0.95: 'dashed'}  # of a receptive field, outlined
 FAINTEST = 1e-4  # of a receptive field, relative to its maximum
 TINY = 1e-12
 
 
 def feature_figure(sample: Sample, maps: Mapping[int, Tensor], strides: Sequence[int], channels: int = 3) -> Figure:
-    """A row a stage: the image, the first principal component of the map, its channels with the largest variance.
+    """One row per stage: the image, the first principal component of the map, the channels with the largest variance.
 
     Args:
         maps: (C, H, W) by stage.
@@ -57,10 +57,10 @@ def feature_figure(sample: Sample, maps: Mapping[int, Tensor], strides: Sequence
 
 
 def attention_figure(sample: Sample, point: tuple[float, float], slots: Sequence[AttendedSlots]) -> Figure:
-    """The slots that the pixel under a point attends to, over the image around it: a row a block, a column a head.
+    """The slots that the pixel at a point attends to, drawn on the image: one row per block, one column per head.
 
-    A dot is where the merged kernels read, its colour and area the attention weight; a cross where the fixed shift
-    would read.
+    Dots mark where the merged kernels read, with the attention weight as color and area; crosses mark where the fixed
+    shift would read.
     """
     x, y = point
     title = f'Slide Attention of the pixel at x = {x:.0f}, y = {y:.0f} (× fixed shift, ● merged kernels)'
@@ -86,14 +86,14 @@ def attention_figure(sample: Sample, point: tuple[float, float], slots: Sequence
 
 
 def kernel_figure(kernels: Mapping[str, Tensor]) -> Figure:
-    """A row a block: the fixed and the deformed part of its merged kernels, their sum, and where each slot reads.
+    """One row per block: the fixed and deformed parts of its merged kernels, their sum, and where each slot reads.
 
-    Kernels are drawn as k×k tiles, one a slot, each with k×k taps.
+    Kernels are drawn as k×k tiles, one per slot, each with k×k taps.
 
     Args:
         kernels: (d, k², k, k) by the block's name, see `merged_kernels`.
     """
-    figure, axes = _panels('Slide Attention: one tile a slot, its k×k taps inside', len(kernels), 5)
+    figure, axes = _panels('Slide Attention: one tile per slot, with k×k taps', len(kernels), 5)
     for row, (name, weight) in zip(axes, kernels.items(), strict=True):
         deformed, size = deformed_part(weight), weight.shape[-1]
         mean, spread, merged = deformed.mean(0), deformed.square().mean(0).sqrt(), weight.mean(0)
@@ -113,7 +113,7 @@ def kernel_figure(kernels: Mapping[str, Tensor]) -> Figure:
 
 
 def _show_offsets(ax: Any, weight: Tensor) -> None:
-    """Lines from where the fixed shift reads to where merged kernels (d, k², k, k) do, in pixels of the map."""
+    """Lines from where the fixed shift reads to where merged kernels (d, k², k, k) read, in pixels of the map."""
     reach = weight.shape[-1] / 2 + 0.2
     shifted, places = slot_offsets(fixed_shift(weight.shape[-1])[None]), slot_offsets(weight)
     for (x, y), (to_x, to_y) in zip(shifted.tolist(), places.tolist(), strict=True):
@@ -132,8 +132,8 @@ def history_figure(
 
     Args:
         labels: of the checkpoints.
-        distances: one a checkpoint, by the block's name.
-        iterations: of the checkpoints; None spaces them evenly, under their labels.
+        distances: one per checkpoint, by block name.
+        iterations: of the checkpoints; None spaces them evenly, with their labels.
     """
     figure = Figure(figsize=(4 * PANEL, 2 * PANEL), layout='constrained')
     ax = figure.subplots()
@@ -157,7 +157,7 @@ def activation_figure(
     stages: Sequence[int],
     strides: Sequence[int],
 ) -> Figure:
-    """Class activation over the image: a row a target, a column a stage, each relative to its own maximum.
+    """Class activation over the image: one row per target, one column per stage, each relative to its own maximum.
 
     Args:
         found: see `class_activations`; all stages.
@@ -193,13 +193,14 @@ def activation_figure(
 def receptive_field_figure(
     fields: Mapping[str, Sequence[Tensor]], stages: Sequence[int], strides: Sequence[int], images: int
 ) -> Figure:
-    """Effective receptive fields: a row a backbone, a column a stage, with the squares that hold 50 % and 95 % of each.
+    """Effective receptive fields: one row per backbone, one column per stage, with the squares containing 50 % and 95
+    %.
 
     Args:
         fields: see `receptive_fields`, all stages, by the backbone's name; their sides divide by all strides.
         stages: to draw.
         strides: of all stages.
-        images: number of those that were averaged over.
+        images: number of images averaged over.
     """
     title = f'Effective receptive field, mean of {images} image{"s" * (images > 1)} (squares: 50 % and 95 %)'
     figure, axes = _panels(title, len(fields), len(stages))
@@ -210,7 +211,7 @@ def receptive_field_figure(
             relative = (field / field.max().clamp(min=TINY)).clamp(min=FAINTEST).numpy()
             ax.set_axis_on()
             shown = ax.imshow(relative, cmap='magma', norm=LogNorm(FAINTEST, 1), extent=_extent(field, 1))
-            # The centre of the map's middle pixel.
+            # The center of the map's middle pixel.
             height, width = field.shape
             x, y = ((side // stride // 2 + 0.5) * stride for side in (width, height))
             sides = {share: contribution_side(field, (x, y), share) for share in SHARES}
@@ -233,7 +234,7 @@ def to_pixels(figure: Figure) -> np.ndarray:
 
 
 def _panels(title: str, rows: int, columns: int) -> tuple[Figure, np.ndarray]:
-    """Axes (rows, columns), all of them invisible until something is drawn."""
+    """Axes (rows, columns), invisible until something is drawn."""
     figure = Figure(figsize=(PANEL * columns, PANEL * rows + 0.6), layout='constrained')
     figure.suptitle(textwrap.fill(title, 30 * columns))
     axes = figure.subplots(rows, columns, squeeze=False)
@@ -248,7 +249,7 @@ def _show_image(ax: Any, sample: Sample, title: str) -> None:
 
 
 def _show(ax: Any, values: Tensor, title: str, colours: str, limits: tuple[float, float], **options: Any) -> None:
-    """A map (H, W) with its colour scale."""
+    """A map (H, W) with its color scale."""
     low, high = limits
     shown = ax.imshow(values.float().cpu().numpy(), cmap=colours, vmin=low, vmax=high, **options)
     ax.set_title(title, fontsize='small')
@@ -256,7 +257,7 @@ def _show(ax: Any, values: Tensor, title: str, colours: str, limits: tuple[float
 
 
 def _crop(ax: Any, sample: Sample) -> None:
-    """Shows the part of a map that is over the image, without its padding."""
+    """Shows the part of a map that covers the image, without padding."""
     height, width = sample.pixels.shape[:2]
     ax.set(xlim=(0, width), ylim=(height, 0))
 
@@ -268,6 +269,6 @@ def _extent(values: Any, stride: int) -> tuple[float, float, float, float]:
 
 
 def _symmetric(values: Tensor) -> tuple[float, float]:
-    """Limits of a colour scale whose middle is 0."""
+    """Limits of a color scale centered at 0."""
     extreme = max(float(values.abs().max()), TINY)
     return -extreme, extreme

@@ -1,4 +1,4 @@
-"""Config files by name, and outputs that appear whole or not at all."""
+"""Finds config files by name, and writes outputs atomically."""
 
 import os
 import shutil
@@ -10,11 +10,11 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-# In a wheel, and in a checkout, which an editable install points to. Never both: beside a wheel's package stands
-# whatever other distributions call `configs`.
+# In a wheel, and in a checkout, which an editable install points to. Never both: next to a wheel's package there may be
+# a `configs` folder of another distribution.
 WHEEL_CONFIGS = Path(__file__).parent / '.mim' / 'configs'
 CHECKOUT_CONFIGS = Path(__file__).parents[1] / 'configs'
-# Of the temporary folders, and in them.
+# Names of the temporary folders and of files in them.
 PREFIX, SUFFIX, LOCK, BACKUP = '.mmslide-', '.tmp', '.lock', '.old'
 
 
@@ -24,36 +24,36 @@ def configs_folder() -> Path:
 
 
 def find_config(name: str | Path) -> Path:
-    """A config file by its path, or one of mmslide's own by its bare name, as mim finds it.
+    """A config file by path, or one of mmslide's own by its bare name, as in mim.
 
     Raises:
-        FileNotFoundError: there is neither.
+        FileNotFoundError: neither exists.
     """
     if Path(name).is_file():
         return Path(name)
     if Path(name).name == str(name):
         for path in configs_folder().rglob(str(name)):
             return path
-    raise FileNotFoundError(f'{name} is not a file, and mmslide has no config of this name')
+    raise FileNotFoundError(f'{name} is not a file, and mmslide has no config with this name')
 
 
 @contextmanager
 def atomic_write(
     *outs: str | Path, inputs: Iterable[str | Path] = (), folders: bool = False
 ) -> Iterator[tuple[Path, ...]]:
-    """Temporary paths for `outs`, which replace them when the block ends without an error: all of them, or none.
+    """Temporary paths for `outs`; if the block ends without an error, they replace all of them, else none.
 
-    (A process that is killed between the renames of several outputs, which follow each other at once, may leave some.)
-    Each temporary path has its output's name, in a hidden folder beside it. Such folders of killed processes are
-    removed. An output that exists keeps its mode; an output that is a symlink stays one, and its target is replaced.
+    (Only a process killed between the renames of several outputs, which are done in immediate succession, may replace
+    just some.) Each temporary path has its output's name, in a hidden folder next to it. Such folders of killed
+    processes are removed. An existing output keeps its mode; if an output is a symlink, its target is replaced.
 
     Args:
-        inputs: what the outputs are made from; URLs are fine.
+        inputs: files that the outputs are made from; may include URLs.
         folders: the outputs are folders, not files.
 
     Raises:
-        ValueError: an output is one of the inputs or holds one, two outputs are the same, an output exists and is
-            something else than a file (or a folder), or its parent folder does not exist.
+        ValueError: an output is one of the inputs or contains one, two outputs are the same, an output exists and is
+            not a file (or a folder), or its parent folder does not exist.
         OSError: an output cannot be written.
     """
     targets = [_check_output(out, inputs, folders) for out in outs]
@@ -66,7 +66,7 @@ def atomic_write(
 
 
 def refuse_inputs(out: str | Path, inputs: Iterable[str | Path]) -> Path:
-    """The path that an output is written to, its symlinks and ~ followed.
+    """The path that an output is written to, with symlinks and ~ resolved.
 
     Raises:
         ValueError: it is one of the inputs.
@@ -91,7 +91,7 @@ def _check_output(out: str | Path, inputs: Iterable[str | Path], folders: bool) 
         raise ValueError(f'{out} is a folder, not a file to write')
     if target.exists() and not (target.is_dir() if folders else target.is_file()):
         raise ValueError(f'{out} exists and is not a regular {"folder" if folders else "file"}')
-    # A folder must not hold an input either.
+    # A folder must not contain an input either.
     return refuse_inputs(out, [x for given in inputs for x in (given, *(_real_path(given).parents if folders else ()))])
 
 
@@ -106,7 +106,7 @@ def _temporary(target: Path) -> Iterator[Path]:
         lock = FileLock(folder / LOCK, timeout=0)
         try:
             lock.acquire()
-        except (Timeout, FileNotFoundError, FileExistsError):  # another process took the unlocked folder for a leftover
+        except (Timeout, FileNotFoundError, FileExistsError):  # another process removed the folder before it was locked
             continue
         break
     try:
@@ -117,7 +117,7 @@ def _temporary(target: Path) -> Iterator[Path]:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Removes the temporary folders whose process is dead and so holds no lock."""
+    """Removes temporary folders of dead processes, which hold no lock."""
     for leftover in folder.glob(f'{PREFIX}*{SUFFIX}'):
         if leftover.is_dir() and not leftover.is_symlink():
             try:
@@ -128,7 +128,7 @@ def _remove_leftovers(folder: Path) -> None:
 
 
 def _replace_all(temporaries: Sequence[Path], targets: Sequence[Path]) -> None:
-    """Replaces the targets one right after the other; all that takes time is done before."""
+    """Replaces the targets in immediate succession; everything slow is done before."""
     existed = [target.exists() for target in targets]
     backups = [temporary.parent / BACKUP for temporary in temporaries]
     for temporary, target, backup, exists in zip(temporaries, targets, backups, existed, strict=True):
@@ -141,7 +141,7 @@ def _replace_all(temporaries: Sequence[Path], targets: Sequence[Path]) -> None:
                 shutil.copy2(target, backup)
     with ExitStack() as undo:
         for temporary, target, backup, exists in zip(temporaries, targets, backups, existed, strict=True):
-            if target.is_dir():  # which cannot be replaced while it has files
+            if target.is_dir():  # a folder with files cannot be replaced
                 os.replace(target, backup)
                 undo.callback(os.replace, backup, target)
             os.replace(temporary, target)

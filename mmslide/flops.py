@@ -1,4 +1,4 @@
-"""Multiply-adds and parameters of a whole model, the matrix products of attention included."""
+"""Multiply-adds and parameters of a model, including the matrix products of attention."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mmslide.build import build_model
 from mmslide.models.attention import SlideAttention
 
-# (height, width), as in the papers' tables.
+# (height, width) as in the papers' tables.
 DETECTION_SHAPE = (800, 1280)
 SEGMENTATION_SHAPE = (512, 2048)
 CLASSIFICATION_SHAPE = (224, 224)
@@ -31,7 +31,7 @@ ROI_HEADS = {'bbox': ('box head', BOX_PROPOSALS), 'mask': ('mask head', MASK_PRO
 
 @dataclass(frozen=True)
 class Part:
-    """`macs` multiply-adds for one image, `params` parameters, frozen ones included."""
+    """`macs` multiply-adds for one image, `params` parameters including frozen ones."""
 
     name: str
     macs: int
@@ -40,7 +40,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Complexity:
-    """What one image of `shape` (height, width) costs in each part of a model."""
+    """The cost of each part of a model for one image of `shape` (height, width)."""
 
     shape: tuple[int, int]
     parts: tuple[Part, ...]
@@ -55,20 +55,20 @@ class Complexity:
 
 
 def count_complexity(cfg: Config, shape: Sequence[int] | None = None) -> Complexity:
-    """Counts the multiply-adds of inference on one image, and all parameters; needs no data and fetches no weights.
+    """Counts the multiply-adds of inference on one image, and all parameters; needs no data and no weights.
 
     Convolutions, linear layers and the matrix products of attention count; norms, activations, softmax, resampling and
-    RoIAlign do not. Slide Attention counts as at inference, its merged kernels once for keys and once for values. A
-    two-stage detector has 1000 proposals in each box head and 100 in each mask head. Heads that only training uses have
-    parameters and no multiply-adds.
+    RoIAlign do not. Slide Attention is counted as in inference, with its merged kernels once for keys and once for
+    values. A two-stage detector has 1000 proposals in each box head and 100 in each mask head. Heads used only in
+    training count parameters but no multiply-adds.
 
     Args:
         cfg: a whole config of mmdet, mmseg or mmpretrain.
-        shape: (height, width) of the image, padding included; None is 800×1280 for a detector, 512×2048 for a segmentor
+        shape: (height, width) of the image including padding; None is 800×1280 for a detector, 512×2048 for a segmentor
             and 224×224 for a classifier.
 
     Raises:
-        ValueError: the model has no backbone, or no head that runs on feature maps alone.
+        ValueError: the model has no backbone, or no head that runs on feature maps only.
     """
     if 'backbone' not in cfg.get('model', {}):
         raise ValueError(f'only models with a backbone can be counted, got {cfg.get("model", {}).get("type")}')
@@ -80,7 +80,7 @@ def count_complexity(cfg: Config, shape: Sequence[int] | None = None) -> Complex
         )
     for module in model.modules():
         if isinstance(module, SlideAttention):
-            module.backend = None  # on the meta device the op then takes the backend that is made of countable products
+            module.backend = None  # on the meta device, the op then uses the backend whose products can be counted
     height, width = shape or SHAPES.get(heads[0], DETECTION_SHAPE)
     parts = []
 
@@ -89,7 +89,7 @@ def count_complexity(cfg: Config, shape: Sequence[int] | None = None) -> Complex
             out, macs = count_macs(module, x)
         except (TypeError, NotImplementedError) as error:
             raise ValueError(
-                f'{type(model).__name__} cannot be counted: its {name} does not run on feature maps alone ({error})'
+                f'{type(model).__name__} cannot be counted: its {name} does not run on feature maps only ({error})'
             ) from error
         parts.append(Part(name, macs, _params(module)))
         return out
@@ -103,14 +103,14 @@ def count_complexity(cfg: Config, shape: Sequence[int] | None = None) -> Complex
         run(name, head, rois)
     unused = _params(model) - sum(part.params for part in parts)
     if unused:
-        parts.append(Part('in training only', 0, unused))
+        parts.append(Part('only in training', 0, unused))
     return Complexity((height, width), tuple(parts))
 
 
 def count_macs(module: nn.Module, x: Any) -> tuple[Any, int]:
     """The output of `module(x)` and its multiply-adds.
 
-    Module and tensors must be on the meta device: on a CPU torch counts nothing for scaled_dot_product_attention.
+    Module and tensors must be on the meta device: on a CPU, torch does not count scaled_dot_product_attention.
     """
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         out = module(x)
@@ -118,7 +118,7 @@ def count_macs(module: nn.Module, x: Any) -> tuple[Any, int]:
 
 
 def complexity_table(complexity: Complexity) -> Table:
-    """The parts and their sum, in 10⁹ multiply-adds and 10⁶ parameters."""
+    """A table of the parts and their sum, in 10⁹ multiply-adds and 10⁶ parameters."""
     height, width = complexity.shape
     table = Table(
         title=f'One image of {height}×{width} pixels (height × width)',

@@ -1,4 +1,4 @@
-"""Predictions of a trained detector, segmentor or classifier on images and videos: what tools/predict.py does."""
+"""Predictions of a trained detector, segmentor or classifier on images and videos, for tools/predict.py."""
 
 import copy
 import glob
@@ -27,7 +27,7 @@ from mmslide.messages import listed
 
 IMAGES = {'.bmp', '.jpeg', '.jpg', '.pgm', '.png', '.ppm', '.tif', '.tiff', '.webp'}
 VIDEOS = {'.avi', '.m4v', '.mkv', '.mov', '.mp4', '.mpeg', '.mpg', '.webm'}
-TOP = 5  # classes of an image
+TOP = 5  # classes per image
 
 
 def predict(
@@ -39,36 +39,35 @@ def predict(
     device: str | None = None,
     draw: bool = True,
 ) -> None:
-    """Runs a trained model on images and videos, and writes a folder, whole or not at all.
+    """Runs a trained model on images and videos, and writes the results to a folder, completely or not at all.
 
     - `predictions.json`: for each detection `image_id`, `category_id`, `bbox` (x, y, width, height in pixels), `score`
-      and, of masks, `segmentation` (RLE), as COCO's results; of a classifier the five best classes of each image.
-    - `images.json`: the images (`id`, `file_name`, `height`, `width`, in a video `frame`) and the categories (`id`, the
-      label, and `name`), as COCO has them, so that `COCO('images.json').loadRes('predictions.json')` works.
-    - `labels/`: of a segmentor a PNG file for each image, whose pixels are labels.
-    - `drawn/`: the images and videos with what was found.
+      and, with masks, `segmentation` (RLE), in COCO's results format; for a classifier, the top five classes of each
+    image. - `images.json`: the images (`id`, `file_name`, `height`, `width`, in a video `frame`) and the categories
+    (`id`, the label, and `name`) in COCO's format, so that `COCO('images.json').loadRes('predictions.json')` works.
+    - `labels/`: for a segmentor, a PNG file for each image, whose pixels are labels.
+    - `drawn/`: the images and videos with the predictions.
 
     Args:
-        config: a whole config of mmdet, mmseg or mmpretrain.
-        checkpoint: a file or URL, which must fit the model whole.
-        inputs: images, folders of images, patterns with `*`, and videos.
-        out: the folder, which must be new or empty. Names in it are those of the inputs, below the folder that all
-            inputs have in common.
+        config: a complete config of mmdet, mmseg or mmpretrain.
+        checkpoint: a file or URL, which must match the model completely.
+        inputs: images, folders of images, glob patterns and videos.
+        out: the folder, which must be new or empty. Names in it are the input paths relative to their common folder.
         score_thr: detections with scores above this are written and drawn.
-        device: as torch names it; None takes a GPU if there is one.
+        device: a torch device; None uses a GPU if there is one.
         draw: whether to write `drawn`.
 
     Raises:
-        OSError: an input does not exist, or some cannot be read: the others are written then. The checkpoint cannot be
-            read, or out not be written.
-        ValueError: the checkpoint is damaged, does not fit or is not finite; the folder is not empty or an input; or
-            the config has no test pipeline, or a scope that is none of the three.
+        OSError: an input does not exist, or some cannot be read (results for the others are written); the checkpoint
+            cannot be read, or out cannot be written.
+        ValueError: the checkpoint is damaged, does not match or is not finite; the folder is not empty or is an input;
+            or the config has no test pipeline, or a scope other than these three.
     """
     files = find_inputs(inputs)
     if Path(out).is_dir() and any(Path(out).iterdir()):
-        raise ValueError(f'the folder {out} is not empty: choose another, or delete it')
+        raise ValueError(f'the folder {out} is not empty: choose another one, or delete it')
     given = [checkpoint, *files] if config.filename is None else [config.filename, checkpoint, *files]
-    # Inferencers build pipelines in the scope that is current, which may be that of an earlier model.
+    # Inferencers build pipelines in the current scope, which may be that of an earlier model.
     scope = DefaultScope.overwrite_default_scope(config.get('default_scope'))
     with scope, atomic_write(out, inputs=given, folders=True) as (folder,):
         unreadable = _write(_load(config, checkpoint, device), files, folder, score_thr, draw)
@@ -79,10 +78,10 @@ def predict(
 
 
 def find_inputs(inputs: Sequence[str | Path]) -> list[Path]:
-    """The image and video files that inputs stand for: each once, those of a folder or pattern in order.
+    """The image and video files given by the inputs: each once, those of a folder or pattern in order.
 
     Raises:
-        OSError: one stands for no file.
+        OSError: an input matches no file.
         ValueError: a file is neither an image nor a video by its suffix.
     """
     files: dict[str, Path] = {}
@@ -99,15 +98,15 @@ def find_inputs(inputs: Sequence[str | Path]) -> list[Path]:
             raise FileNotFoundError(f'{given} {what}')
         for path in found:
             if path.suffix.lower() not in IMAGES | VIDEOS:
-                raise ValueError(f'{path} is no image or video: {", ".join(sorted(IMAGES | VIDEOS))} are read')
+                raise ValueError(f'{path} is not an image or video: supported are {", ".join(sorted(IMAGES | VIDEOS))}')
             files.setdefault(os.path.abspath(path), path)
     return list(files.values())
 
 
 def output_names(files: Sequence[Path]) -> list[str]:
-    """A name without suffix for the outputs of each file: its path below the folder that all have in common.
+    """A name without suffix for the outputs of each file: its path relative to the common folder.
 
-    Where two differ in their suffixes alone these stay.
+    If two differ only in their suffixes, these are kept.
     """
     paths = [Path(os.path.abspath(path)) for path in files]
     common = os.path.commonpath([path.parent for path in paths])
@@ -120,7 +119,7 @@ def output_names(files: Sequence[Path]) -> list[str]:
 
 
 class _Model:
-    """A model behind the inferencer of its package."""
+    """Wraps a model and the inferencer of its package."""
 
     inferencer: Any
     visualizer: str  # of a config that has none
@@ -142,11 +141,11 @@ class _Model:
         return iter(())
 
     def label_map(self, sample: Any) -> np.ndarray | None:
-        """Of a segmentor, (H, W)."""
+        """The label map (H, W) of a segmentor."""
         return None
 
     def draw(self, image: np.ndarray, sample: Any, score_thr: float) -> np.ndarray:
-        """The image (H, W, 3) in RGB with what was found."""
+        """The image (H, W, 3) in RGB with the predictions."""
         self.inferencer.visualizer.add_datasample('', image, sample, draw_gt=False)
         return self.inferencer.visualizer.get_image()
 
@@ -222,7 +221,7 @@ _MODELS: dict[str, type[_Model]] = {'mmdet': _Detector, 'mmseg': _Segmentor, 'mm
 
 
 def _load(config: Config, checkpoint: str | Path, device: str | None) -> _Model:
-    """The model with the weights of a checkpoint, and names and colours of its classes."""
+    """The model with the weights of a checkpoint, and the names and colors of its classes."""
     scope = config.get('default_scope')
     if scope not in _MODELS:
         raise ValueError(f'default_scope must be one of {", ".join(_MODELS)}, got {scope!r}')
@@ -239,7 +238,7 @@ def _load(config: Config, checkpoint: str | Path, device: str | None) -> _Model:
     kind, config = _MODELS[scope], copy.deepcopy(config)
     config.visualizer = {'type': kind.visualizer, **(config.get('visualizer') or {}), 'vis_backends': None}
     with warnings.catch_warnings():
-        # Weights and classes come below.
+        # Weights and classes are set below.
         warnings.filterwarnings('ignore', 'Checkpoint is not loaded|weights is None|palette does not exist')
         model = kind(config, device)
     load_weights(model.inferencer.model, state, checkpoint, config.filename)
@@ -248,7 +247,7 @@ def _load(config: Config, checkpoint: str | Path, device: str | None) -> _Model:
 
 
 def _classes(config: Config, meta: dict[str, Any]) -> tuple[list[str], list[tuple[int, int, int]]]:
-    """Names and colours of all classes: the checkpoint's, or else those of the config's data set."""
+    """Names and colors of all classes: from the checkpoint, or else from the config's data set."""
     found = dataset_meta(meta)
     if not isinstance(found.get('classes'), list | tuple):
         with DefaultScope.overwrite_default_scope(config.default_scope):
@@ -300,13 +299,13 @@ def _pictures(files: Sequence[Path], unreadable: list[Path]) -> Iterator[_Pictur
 
 
 def _count(files: Sequence[Path]) -> int:
-    """How many images and frames there are, as far as the files say."""
+    """The number of images and frames according to the files."""
     videos = [file for file in files if file.suffix.lower() in VIDEOS]
     return len(files) - len(videos) + sum(max(mmcv.VideoReader(str(file)).frame_cnt, 0) for file in videos)
 
 
 def _write(model: _Model, files: Sequence[Path], folder: Path, score_thr: float, draw: bool) -> list[Path]:
-    """Writes what `predict` describes, and returns the files that cannot be read."""
+    """Writes the files described in `predict`, and returns the files that cannot be read."""
     names = dict(zip(files, output_names(files), strict=True))
     unreadable: list[Path] = []
     images: list[dict] = []

@@ -1,5 +1,5 @@
-"""What mmslide needs of the packages around it: their versions, torchvision's operators, its place among mmengine's
-packages, and theirs in torch's checkpoint sandbox.
+"""Integration with other packages: checks their versions, declares torchvision's operators, and registers mmslide with
+mmengine, and mmengine's classes with torch's restricted unpickler.
 """
 
 import importlib
@@ -25,16 +25,16 @@ try:
 except ImportError:  # numpy < 2
     from numpy.core import multiarray  # type: ignore[no-redef]
 
-# What `import torchvision` describes to torch, whether or not its compiled operators have been loaded.
+# Operators that `import torchvision` registers metadata for, whether or not its compiled operators were loaded.
 TORCHVISION_OPERATORS = ('nms', 'qnms')
 
 
 def check_versions() -> None:
-    """Compares the versions of torch and the MM packages that are installed with what mmslide works with.
+    """Checks that the installed versions of torch and the MM packages are supported.
 
     Raises:
-        RuntimeError: one is missing, too old, too new, or refuses its own neighbours. Not an ImportError, which
-            mmengine's registries swallow: users would read "SlidePVT is not in the registry".
+        RuntimeError: one is missing, too old, too new, or incompatible with the others. Not an ImportError, which
+            mmengine's registries swallow: users would see "SlidePVT is not in the registry".
     """
     for name, (minimum, limit) in VERSIONS.items():
         if find_spec(name) is not None:
@@ -53,8 +53,8 @@ def check_scope(scope: str | None) -> None:
     """Checks that the default_scope of a config can be used: classification needs mmpretrain, which is optional.
 
     Raises:
-        ImportError: mmpretrain or the torchvision that it imports is missing or broken, or mmpretrain is too old, too
-            new, or refuses its own neighbours.
+        ImportError: mmpretrain or torchvision, which it imports, is missing or broken, or mmpretrain is too old, too
+            new, or incompatible with the others.
     """
     if scope != 'mmpretrain':
         return
@@ -65,7 +65,7 @@ def check_scope(scope: str | None) -> None:
     try:
         importlib.import_module('torchvision')  # mmpretrain imports it later, in the middle of building a model
     except Exception as error:
-        # The extra does not name it: without torch in the command pip would take another version of torch.
+        # Not part of the extra: without torch in the command, pip would install another version of torch.
         torch_version = torch.__version__.split('+')[0]
         raise ImportError(
             f'mmpretrain needs torchvision, which cannot be imported ({type(error).__name__}: {error}). '
@@ -76,10 +76,10 @@ def check_scope(scope: str | None) -> None:
 
 
 def _problem(name: str, minimum: str, limit: str) -> str | None:
-    """Why an installed package does not fit, and the command that fixes it."""
+    """Why an installed package is incompatible, and the command that fixes it."""
     wanted = requirement(name, minimum, limit)
     try:
-        # The packages of some forks have other distribution names, so the module is asked.
+        # Some forks have other distribution names, so the version is read from the module.
         version = importlib.import_module(name).__version__
     except AssertionError as error:  # how mmdet, mmseg and mmpretrain refuse a version of mmcv or mmengine
         return f'{name} refuses the packages beside it: {error} Run: mim install {wanted} "mmcv>=2.0.0,<2.2.0"'
@@ -89,11 +89,11 @@ def _problem(name: str, minimum: str, limit: str) -> str | None:
 
 
 def declare_torchvision_operators() -> None:
-    """Lets `import torchvision`, which mmpretrain and mmengine need, succeed where its compiled operators do not load.
+    """Makes `import torchvision`, which mmpretrain and mmengine need, work even if its compiled operators do not load.
 
-    Its wheels on PyPI are built for CUDA. With a CPU build of torch the import ends with "operator torchvision::nms
-    does not exist", since torchvision describes operators that were never loaded. They are declared here, without an
-    implementation: transforms work, and `torchvision.ops` still explains that its operators are missing.
+    Its wheels on PyPI are built for CUDA. With a CPU build of torch, the import fails with "operator torchvision::nms
+    does not exist", since torchvision refers to operators that were not loaded. They are declared here, without an
+    implementation: transforms work, and `torchvision.ops` still reports that its operators are missing.
     """
     spec = find_spec('torchvision')
     if spec is None or not spec.origin or 'torchvision' in sys.modules or hasattr(torch.ops.torchvision, 'nms'):
@@ -108,15 +108,15 @@ def declare_torchvision_operators() -> None:
         _torchvision.define(f'{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor')
 
 
-# Operators last as long as the library that they were declared by.
+# Operators exist as long as the library object that declared them.
 _torchvision = torch.library.Library('torchvision', 'FRAGMENT')
 
 
 def register_package() -> None:
-    """Lets `mmslide::FOLDER/CONFIG.py` name a config in `_base_` and for `mmengine.hub.get_config` and `get_model`.
+    """Makes `mmslide::FOLDER/CONFIG.py` work in `_base_`, `mmengine.hub.get_config` and `get_model`.
 
-    mmengine has a list of packages, and gives all classes in another package's config the scope of that package. Those
-    in mmslide's configs belong to mmdet, mmseg and mmpretrain, so that a base of mmslide's gets no scope.
+    mmengine has a list of packages, and adds the scope of the package to all classes in its configs. The classes in
+    mmslide's configs belong to mmdet, mmseg and mmpretrain, so no scope is added to them.
     """
     MODULE2PACKAGE['mmslide'] = 'mmslide'
     config_path = Config._get_cfg_path
@@ -138,7 +138,7 @@ HISTORY = {'max_length', '_log_history', '_count_history'}
 
 
 class HistoryBufferState(HistoryBuffer):
-    """Stands in for HistoryBuffer while a checkpoint is read: it takes the history alone.
+    """Replaces HistoryBuffer while a checkpoint is read: it restores only the history.
 
     HistoryBuffer itself would put the checkpoint's `statistics_methods` into a dict that all buffers of the process
     share.
@@ -150,20 +150,19 @@ class HistoryBufferState(HistoryBuffer):
             raise pickle.UnpicklingError(f'a HistoryBuffer must have {sorted(HISTORY)}, got {sorted(data)}')
         self._set_default_statistics()
         self.__dict__.update(data)
-        self.__class__ = HistoryBuffer  # as which it is saved again
+        self.__class__ = HistoryBuffer  # so that it is saved as one
 
 
 def history_buffer_statistic(owner: type, name: str) -> Callable:
-    """Stands in for `getattr` in a checkpoint: hands out HistoryBuffer's own statistics methods and nothing else."""
+    """Replaces `getattr` in a checkpoint: returns only HistoryBuffer's own statistics methods."""
     if owner in (HistoryBuffer, HistoryBufferState) and name in STATISTICS:
         return getattr(HistoryBuffer, name)
     raise pickle.UnpicklingError(
-        f'a checkpoint may ask for {STATISTICS} of HistoryBuffer only, got {name!r} of {owner!r}'
+        f'a checkpoint may only access {STATISTICS} of HistoryBuffer, got {name!r} of {owner!r}'
     )
 
 
-# Under the names that mmengine's checkpoints have for them. With the real `getattr` a crafted file could reach and
-# change anything.
+# By their names in mmengine's checkpoints. With the real `getattr`, a crafted file could access and change anything.
 HISTORY_GLOBALS = {
     f'{HistoryBuffer.__module__}.HistoryBuffer': HistoryBufferState,
     'builtins.getattr': history_buffer_statistic,
@@ -172,10 +171,10 @@ HISTORY_GLOBALS = {
 
 
 def register_safe_globals() -> None:
-    """Lets `torch.load(weights_only=True)`, and so mmengine's resume, read the message hub in mmengine's checkpoints.
+    """Allows `torch.load(weights_only=True)`, and thus mmengine's resume, to read the message hub of its checkpoints.
 
     The hub pickles HistoryBuffer objects, whose state refers to their methods through `getattr`: see `HISTORY_GLOBALS`.
-    NumPy's functions are bound to their names in NumPy 1 and 2, so that either reads what the other wrote.
+    NumPy's functions are registered under their names in both NumPy 1 and 2, so that each can read the other's files.
     """
     dtypes = (np.float64, np.float32, np.int64, np.int32, np.bool_)
     add_safe_globals(

@@ -1,4 +1,4 @@
-"""Stands in for what PyTorch before 2.6 lacks, under the names of `mmslide.compat`. It works with later ones too."""
+"""Replacements for what PyTorch before 2.6 lacks, under the names in `mmslide.compat`. Also work in later versions."""
 
 import inspect
 import pickle
@@ -15,18 +15,18 @@ from torch.nn.modules import module
 from .unpickler import load
 
 is_compiling = torch._dynamo.is_compiling
-# How files of torch.save begin that are no zip files: a pickled number.
+# First bytes of files by torch.save that are not zip files: a pickled number.
 OLD_FORMAT = b'\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.'
 
 
 class CustomOp:
-    """Stands in for `torch.library.custom_op`: an operator made of a Python function of tensors and plain values."""
+    """Replaces `torch.library.custom_op`: an operator from a Python function of tensors and plain values."""
 
     TYPES: ClassVar = {Tensor: 'Tensor', Tensor | None: 'Tensor?', float: 'float', bool: 'bool', str: 'str'}
 
     def __init__(self, qualified_name: str, function: Callable) -> None:
         namespace, self.name = qualified_name.split('::')
-        # Operators last as long as the library that they were declared by.
+        # Operators exist as long as the library object that declared them.
         self.library = torch.library.Library(namespace, 'FRAGMENT')
         signature = inspect.signature(function)
         parameters = ', '.join(f'{self.TYPES[x.annotation]} {x.name}' for x in signature.parameters.values())
@@ -82,7 +82,7 @@ def get_autocast_dtype(device_type: str) -> torch.dtype:
 
 
 def is_batched(x: Tensor) -> bool:
-    """What `torch.autograd.grad(..., is_grads_batched=True)` makes cannot be told there."""
+    """Tensors made by `torch.autograd.grad(..., is_grads_batched=True)` cannot be detected there."""
     return torch._C._functorch.is_batchedtensor(x)
 
 
@@ -96,7 +96,7 @@ def is_exporting() -> bool:
 
 
 def statically_known_true(condition: Any) -> bool:
-    """No size is a symbol there."""
+    """There are no symbolic sizes there."""
     return bool(condition)
 
 
@@ -111,4 +111,4 @@ def safe_load(file: Path, map_location: Any, globals_: dict[str, Any]) -> Any:
 
 
 def add_safe_globals(_: list) -> None:
-    """Nothing: only `safe_load` reads checkpoints, with a list of its own."""
+    """Does nothing: checkpoints are only read by `safe_load`, which has its own list."""

@@ -1,4 +1,4 @@
-"""Reads checkpoints without running them before PyTorch 2.6, whose `torch.load(weights_only=True)` can be bypassed
+"""Reads checkpoints without executing code before PyTorch 2.6, where `torch.load(weights_only=True)` can be bypassed
 (CVE-2025-32434).
 """
 
@@ -18,16 +18,16 @@ ARRAY_KINDS = 'biuf'
 
 
 def load(file: Path, map_location: Any, globals_: dict[str, Any]) -> Any:
-    """What `torch.save` wrote: tensors, containers, numbers, strings, NumPy's arrays of numbers, and `globals_`.
+    """Reads a file by `torch.save`: tensors, containers, numbers, strings, NumPy arrays of numbers, and `globals_`.
 
     Args:
         file: in torch's zip format.
         map_location: as in `torch.load`.
-        globals_: further classes and functions, by their full names in the file. Instances of the classes take any
+        globals_: further classes and functions, by their full names in the file. Instances of these classes accept any
             state.
 
     Raises:
-        pickle.UnpicklingError: the file holds anything else, or is a TorchScript program.
+        pickle.UnpicklingError: the file contains anything else, or is a TorchScript program.
     """
     with zipfile.ZipFile(file) as archive:
         names = archive.namelist()
@@ -41,14 +41,14 @@ def load(file: Path, map_location: Any, globals_: dict[str, Any]) -> Any:
 
 
 class _Storage:
-    """Bytes on their device; the dtype is that of the tensors that view them."""
+    """Bytes on a device; the dtype is that of the tensors that view them."""
 
     def __init__(self, data: torch.UntypedStorage, dtype: torch.dtype) -> None:
         self.data, self.dtype = data, dtype
 
 
 class _Unpickler(pickle._Unpickler):
-    """Calls nothing but what `find_class` hands out, and changes no object but what it has made itself."""
+    """Calls only what `find_class` returns, and modifies only objects that it has created itself."""
 
     dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
     stack: list[Any]
@@ -131,7 +131,7 @@ def _parameter(data: Tensor, requires_grad: bool, *_: Any) -> nn.Parameter:
 
 
 def _encode(text: str, encoding: str) -> bytes:
-    """How protocol 2 writes bytes."""
+    """Decodes bytes as written by protocol 2."""
     return text.encode('latin1')
 
 
@@ -143,7 +143,7 @@ def _dtype(name: str, *_: Any) -> np.dtype:
 
 
 def _array(*_: Any) -> np.ndarray:
-    """An empty one, which is given its state later."""
+    """An empty array, whose state is set later."""
     return np.empty(0)
 
 

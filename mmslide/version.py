@@ -1,6 +1,6 @@
 __version__ = '0.2.0'
 
-# What works with it: from the first version, up to but without the second.
+# Supported versions: from the first (inclusive) to the second (exclusive).
 VERSIONS = {
     'torch': ('2.1', '3'),
     'mmengine': ('0.10', '1'),
@@ -10,10 +10,10 @@ VERSIONS = {
 }
 REQUIRED = ('torch', 'mmengine', 'mmcv')
 DISTRIBUTIONS = {'mmseg': 'mmsegmentation'}
-# Imported by classification configs only: it takes seconds.
+# Only imported for classification configs: importing it takes seconds.
 MMPRETRAIN = ('1.0', '2')
 
 
 def requirement(name: str, minimum: str, limit: str) -> str:
-    """What pip and mim are asked for, in quotes for a shell."""
+    """The requirement for pip and mim, quoted for a shell."""
     return f'"{DISTRIBUTIONS.get(name, name)}>={minimum},<{limit}"'

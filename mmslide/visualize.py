@@ -1,8 +1,8 @@
-"""What a backbone has learned and what it looks at, as numbers; `mmslide.figures` draws them.
+"""Computes what a backbone has learned and what it attends to; `mmslide.figures` plots the results.
 
-Class activation is written here instead of taken from the package grad-cam: that needs torchvision, which an OpenMMLab
-stack may lack, and a model from a tensor to a tensor with a layer of maps (B, C, H, W), where a detector returns
-detections and a stage a pair of channels-last maps. What would be left for it to do is one product.
+Class activation is implemented here instead of using the package grad-cam, which needs torchvision, which an OpenMMLab
+stack may lack, and a model from a tensor to a tensor with a layer that returns maps (B, C, H, W), whereas a detector
+returns detections and a stage a pair of channels-last maps. Only a single product would be left to the package.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,11 +34,11 @@ Key = TypeVar('Key')
 
 @dataclass(frozen=True)
 class Sample:
-    """An image as a model sees it.
+    """An image as seen by a model.
 
     Args:
-        pixels: (H, W, 3), RGB, uint8, as the test pipeline makes it.
-        inputs: (1, 3, H', W'), normalised and padded at the right and bottom.
+        pixels: (H, W, 3), RGB, uint8, after the test pipeline.
+        inputs: (1, 3, H', W'), normalized and padded at the right and bottom.
         data_sample: of mmdet, mmseg or mmpretrain.
     """
 
@@ -48,7 +48,7 @@ class Sample:
 
 
 def load_sample(cfg: Config, model: Any, file: str | Path) -> Sample:
-    """An image file through the test pipeline of a config, without its annotations, and the model's data_preprocessor.
+    """Loads an image file with the test pipeline of a config, without annotations, and the model's data_preprocessor.
 
     Args:
         cfg: of mmdet, mmseg or mmpretrain.
@@ -57,7 +57,7 @@ def load_sample(cfg: Config, model: Any, file: str | Path) -> Sample:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no image, or not of 3 channels; or the config has no test pipeline.
+        ValueError: it is not an image, or does not have 3 channels; or the config has no test pipeline.
     """
     read_image(file)
     steps = [step for step in find_test_pipeline(cfg) if not _loads_annotations(transform_name(step))]
@@ -66,7 +66,7 @@ def load_sample(cfg: Config, model: Any, file: str | Path) -> Sample:
     with DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
         packed = Compose(steps)(dict(img_path=str(file), img_id=0))
     if len(packed['inputs']) != 3:
-        raise ValueError(f'only images of 3 channels can be drawn, got {len(packed["inputs"])}')
+        raise ValueError(f'only images with 3 channels can be drawn, got {len(packed["inputs"])}')
     pixels = packed['inputs'].permute(1, 2, 0).numpy()[..., ::-1]  # pipelines load BGR
     batch = model.data_preprocessor(dict(inputs=[packed['inputs']], data_samples=[packed['data_samples']]), False)
     return Sample(pixels.round().clip(0, 255).astype(np.uint8), batch['inputs'], batch['data_samples'][0])
@@ -78,11 +78,11 @@ def _loads_annotations(name: str) -> bool:
 
 def find_backbone(model: nn.Module) -> Pyramid:
     """Raises:
-    ValueError: the model's backbone is none of mmslide's.
+    ValueError: the model's backbone is not from mmslide.
     """
     backbone = getattr(model, 'backbone', None)
     if not isinstance(backbone, Pyramid):
-        raise ValueError(f'the backbone must be one of mmslide, got {type(backbone).__name__}')
+        raise ValueError(f'the backbone must be from mmslide, got {type(backbone).__name__}')
     return backbone
 
 
@@ -108,11 +108,12 @@ def _recorded(modules: Mapping[Key, nn.Module]) -> Iterator[dict[Key, tuple[Any,
 
 
 def stage_maps(backbone: Pyramid, inputs: Tensor, normed: bool = False) -> list[Tensor]:
-    """The map of each stage, (B, C, H, W), of images (B, C, H, W).
+    """The map of each stage, (B, C, H, W), for images (B, C, H, W).
 
     Args:
-        normed: after the stage's norm, as it is put out. Gradients are taken before it: after a LayerNorm the sum over
-            the channels is nearly constant, and with stage_norm='output' the next stage sees the map before it.
+        normed: after the stage's norm, as in the backbone's output. Gradients are taken before the norm: after a
+            LayerNorm, the sum over the channels is nearly constant, and with stage_norm='output' the next stage gets
+            the map before it.
     """
     with _recorded(dict(enumerate(backbone.stages))) as calls:
         backbone(inputs)
@@ -121,18 +122,18 @@ def stage_maps(backbone: Pyramid, inputs: Tensor, normed: bool = False) -> list[
 
 @torch.no_grad()
 def feature_maps(backbone: Pyramid, inputs: Tensor) -> list[Tensor]:
-    """The map of each stage, (C, H, W), as it is put out.
+    """The map of each stage, (C, H, W), as in the backbone's output.
 
     Args:
-        backbone: of mmslide.
+        backbone: a backbone of mmslide.
         inputs: one image, (1, C, H, W).
     """
     return [x[0] for x in stage_maps(backbone, inputs, normed=True)]
 
 
 def principal_component(feature: Tensor) -> tuple[Tensor, float]:
-    """The linear combination of the channels of a map (C, H, W) with the largest variance over the pixels: (H, W), its
-    sign such that the most extreme value is positive, and its share of the variance of all channels.
+    """The linear combination of the channels of a map (C, H, W) with the largest variance over the pixels: (H, W), with
+    the sign chosen so that the value of largest magnitude is positive, and its share of the variance of all channels.
     """
     pixels = feature.flatten(1).double()
     pixels = pixels - pixels.mean(1, keepdim=True)
@@ -149,12 +150,12 @@ def strongest_channels(feature: Tensor, number: int) -> list[int]:
 
 @dataclass(frozen=True)
 class AttendedSlots:
-    """Where one pixel of a map attends in one Slide Attention.
+    """The positions that one pixel of a map attends to in one Slide Attention.
 
     Args:
         name: of the module in the backbone.
         stride: side of the map's pixels, in pixels of the image.
-        shifted: (k², 2), x and y in the image of the pixels that the fixed kernels pick.
+        shifted: (k², 2), x and y in the image of the pixels that the fixed kernels select.
         places: (k², 2), likewise of the pixels that the merged kernels read, see `slot_offsets`.
         weights: (heads, k²), with sum 1 over the slots.
     """
@@ -170,10 +171,10 @@ class AttendedSlots:
 def attended_slots(
     backbone: Pyramid, inputs: Tensor, point: tuple[float, float], stages: Sequence[int]
 ) -> list[AttendedSlots]:
-    """The slots that the pixel under a point attends to, in each Slide Attention of some stages.
+    """The slots that the pixel at a point attends to, in each Slide Attention of some stages.
 
     Args:
-        backbone: of mmslide.
+        backbone: a backbone of mmslide.
         inputs: one image, (1, C, H, W).
         point: x and y in pixels of the inputs.
         stages: their numbers, from 0.
@@ -187,7 +188,7 @@ def attended_slots(
         x = calls[stage, name][0]
         stride = backbone.strides[stage]
         column, row = (min(int(value / stride), side - 1) for value, side in zip(point, x.shape[2:0:-1], strict=True))
-        # The taps of this pixel, those outside the map left out.
+        # The taps of this pixel, without those outside the map.
         margin = attention.kernel_size // 2
         top, left = max(0, row - margin), max(0, column - margin)
         around = x[:, top : row + margin + 1, left : column + margin + 1]
@@ -203,10 +204,11 @@ def attended_slots(
 
 
 def slot_offsets(weight: Tensor) -> Tensor:
-    """Where each slot of kernels (d, k², k, k) reads: (k², 2), x and y from the pixel, in pixels of the map.
+    """The position that each slot of kernels (d, k², k, k) reads: (k², 2), x and y from the pixel, in pixels of the
+    map.
 
-    It is the mean of the taps, weighted with the absolute values of the kernels, over all channels: of kernels that
-    interpolate between pixels the very place. NaN for a slot that reads nothing.
+    It is the mean position of the taps, weighted by the absolute values of the kernels, over all channels; for kernels
+    that interpolate between pixels, it is exactly the interpolated position. NaN for a slot that reads nothing.
     """
     kernel_size = weight.shape[-1]
     offset = torch.arange(kernel_size, dtype=weight.dtype, device=weight.device) - kernel_size // 2
@@ -216,12 +218,12 @@ def slot_offsets(weight: Tensor) -> Tensor:
 
 
 def deformed_part(weight: Tensor) -> Tensor:
-    """What is learned of merged kernels (d, k², k, k): their difference from the fixed shift."""
+    """The learned part of merged kernels (d, k², k, k): their difference from the fixed shift."""
     return weight - fixed_shift(weight.shape[-1]).to(weight)
 
 
 def shift_distance(weight: Tensor) -> float:
-    """How far kernels (d, k², k, k) are from the fixed shift: ‖deformed part‖ / ‖shift‖, Frobenius norms."""
+    """The distance of kernels (d, k², k, k) from the fixed shift: ‖deformed part‖ / ‖shift‖, Frobenius norms."""
     return float(deformed_part(weight).norm() / weight[:, :, 0, 0].numel() ** 0.5)
 
 
@@ -259,10 +261,10 @@ def kernel_history(
 
     Args:
         config: file of the config.
-        checkpoints: files or URLs, in order; a folder stands for all that a training has saved in it.
+        checkpoints: files or URLs, in order; a folder means all checkpoints saved in it during training.
 
     Returns:
-        Their names, their iterations (None if one does not have it), and the distances by the block's name.
+        Their names, their iterations (None if missing), and the distances by block name.
 
     Raises:
         ValueError: a folder has no checkpoint, see `run_checkpoints`; or see `load_model` and `merged_kernels`.
@@ -293,12 +295,12 @@ def tiled(kernels: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Target:
-    """What a class activation is of.
+    """The target of a class activation.
 
     Args:
-        name: the class, and how sure the model is or how much of the image it covers.
-        score: with its graph.
-        box: (4,), x1, y1, x2, y2 in the image; None if the score is of the whole image.
+        name: the class, and its score or the share of the image that it covers.
+        score: with its autograd graph.
+        box: (4,), x1, y1, x2, y2 in the image; None if the score is for the whole image.
     """
 
     name: str
@@ -309,15 +311,15 @@ class Target:
 def find_targets(
     model: Any, sample: Sample, inputs: Tensor, classes: Sequence[str], limit: int = 3, score_thr: float = 0.3
 ) -> list[Target]:
-    """The best detections, the likeliest classes of an image, or the classes that cover most of it.
+    """The highest-scoring detections, the most likely classes of an image, or the classes that cover most of it.
 
     Args:
-        inputs: those of the sample, of which gradients are wanted.
+        inputs: those of the sample, for which gradients are needed.
         classes: their names; numbers stand for those that are missing.
         score_thr: of detections.
 
     Raises:
-        ValueError: the head gives no scores that can be differentiated.
+        ValueError: the head returns no differentiable scores.
     """
 
     def name(label: int) -> str:
@@ -337,10 +339,10 @@ def find_targets(
         logits = model(inputs, [sample.data_sample], mode='tensor')
     except (TypeError, NotImplementedError) as error:
         raise ValueError(
-            f'the head of this {type(model).__name__} does not run on feature maps alone: {error}'
+            f'the head of this {type(model).__name__} does not run on feature maps only: {error}'
         ) from error
     if not isinstance(logits, Tensor) or logits.ndim not in (2, 4):
-        raise ValueError(f'the head of this {type(model).__name__} gives no logits, but {type(logits).__name__}')
+        raise ValueError(f'the head of this {type(model).__name__} returns {type(logits).__name__}, not logits')
     if logits.ndim == 2:
         shares, labels = logits[0].softmax(0).topk(min(limit, logits.shape[1]))
         return [
@@ -359,10 +361,11 @@ def find_targets(
 
 
 def class_activation(feature: Tensor, gradient: Tensor) -> Tensor:
-    """HiResCAM (arXiv 2011.08891, section 3): max(0, Σ_c gradient · map), (H, W) of a map (H, W, C) and its gradient.
+    """HiResCAM (arXiv 2011.08891, section 3): max(0, Σ_c gradient · map), (H, W), from a map (H, W, C) and its
+    gradient.
 
-    Grad-CAM averages the gradient over the map first. Before global pooling the two are the same; for a detection
-    Grad-CAM shows everything that looks like it, HiResCAM what it was found by.
+    Grad-CAM averages the gradient over the map first. Before global pooling, the two are the same; for a detection,
+    Grad-CAM highlights everything similar, HiResCAM only what led to this detection.
     """
     return (feature * gradient).sum(-1).clamp(min=0)
 
@@ -370,7 +373,7 @@ def class_activation(feature: Tensor, gradient: Tensor) -> Tensor:
 def class_activations(
     model: Any, sample: Sample, classes: Sequence[str], limit: int = 3, score_thr: float = 0.3
 ) -> list[tuple[Target, list[Tensor]]]:
-    """The targets of an image, see `find_targets`, and for each of them the class activation (H, W) of every stage.
+    """The targets of an image, see `find_targets`, and for each target the class activation (H, W) of every stage.
 
     Args:
         model: a detector, segmentor or classifier with a backbone of mmslide.
@@ -397,7 +400,7 @@ def class_activations(
 
 
 def receptive_fields(maps_of: Callable[[Tensor], Sequence[Tensor]], images: Sequence[Tensor]) -> list[Tensor]:
-    """The effective receptive field (NeurIPS 2016, arXiv 1701.04128, section 2) of the centre of each map.
+    """The effective receptive field (NeurIPS 2016, arXiv 1701.04128, section 2) of the center of each map.
 
     Args:
         maps_of: from an image (1, C, H, W) to maps (1, C', H', W'), such as `stage_maps`.
@@ -419,7 +422,7 @@ def receptive_fields(maps_of: Callable[[Tensor], Sequence[Tensor]], images: Sequ
 
 
 def contribution_side(field: Tensor, centre: tuple[float, float], share: float) -> float:
-    """The side in pixels of the smallest square around a centre that holds a share of a receptive field (H, W).
+    """The side in pixels of the smallest square around a center that contains a share of a receptive field (H, W).
 
     Args:
         centre: x and y; pixel 0 reaches from 0 to 1.
@@ -432,17 +435,17 @@ def contribution_side(field: Tensor, centre: tuple[float, float], share: float) 
 
 
 def centre_crops(images: Sequence[Tensor], divisor: int = 1) -> list[Tensor]:
-    """Images (1, C, H, W) cropped around their middle to the least height and width of all that `divisor` divides."""
+    """Images (1, C, H, W) center-cropped to the smallest height and width, rounded down to multiples of `divisor`."""
     height, width = (min(x.shape[axis] for x in images) // divisor * divisor for axis in (2, 3))
     corners = [((x.shape[2] - height) // 2, (x.shape[3] - width) // 2) for x in images]
     return [x[:, :, top : top + height, left : left + width] for x, (top, left) in zip(images, corners, strict=True)]
 
 
 def build_host(cfg: Config, backbone: Pyramid, checkpoint: str | Path | None = None) -> Pyramid:
-    """The host of a config's backbone, the same with slide_stages=().
+    """The host of a config's backbone: the same backbone with slide_stages=().
 
     Args:
-        backbone: the one whose weights the host takes over as far as they fit; its own attention is then untrained.
+        backbone: its weights are copied to the host where they fit; the host's own attention is untrained then.
         checkpoint: weights of the host instead, see `mmslide.weights.load_pretrained`.
 
     Raises:

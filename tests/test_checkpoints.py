@@ -433,7 +433,7 @@ def test_getattr_stays_shut(owner, name, tmp_path):
     path = checkpoint_of(reduce_getattr(owner, name), tmp_path)
     with pytest.raises(pickle.UnpicklingError):
         load_safely(path)
-    with pytest.raises(ValueError, match=r'not a readable checkpoint.*\((a checkpoint may ask for|\w)'):
+    with pytest.raises(ValueError, match=r'not a readable checkpoint.*\((a checkpoint may only access|\w)'):
         read_checkpoint(path)
 
 

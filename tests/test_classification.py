@@ -277,7 +277,7 @@ def test_the_file_that_names_images_is_read_before_training(text, message, tmp_p
 
 @pytest.mark.parametrize('fault', ['order', 'folders'])
 def test_class_folders_that_change_the_meaning_of_labels(fault, tmp_path):
-    changes, message = {}, r'train has .* in a different order.* give .* the order disk, rectangle, triangle'
+    changes, message = {}, r'train has .* in a different order.* set the order in .* to disk, rectangle, triangle'
     write_images(tmp_path)
     if fault == 'order':
         changes = {f'{loader}.dataset.metainfo.classes': CLASSES[::-1] for loader in LOADERS}

@@ -361,7 +361,7 @@ def test_num_classes_beside_annotations_that_are_not_read(where, coco, monkeypat
 @pytest.mark.parametrize('classes', [None, 'red'])
 def test_classes_that_are_no_list_of_names(classes, coco):
     found = problems(read(BOXES, coco, **of_classes(classes, 'train')))
-    assert re.search(rf'train_dataloader: the data set has classes={classes!r};.*comma after a single', str(found[0]))
+    assert re.search(rf'train_dataloader: the data set has classes={classes!r};.*trailing comma', str(found[0]))
 
 
 @pytest.mark.parametrize(

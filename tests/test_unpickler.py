@@ -119,7 +119,7 @@ class Call:
     [
         (Call(os.system, ('true',)), 'posix.system'),
         (Call(eval, ('1',)), r'__builtin__\.eval'),
-        (Call(getattr, (HistoryBuffer, '__init__')), 'a checkpoint may ask for'),
+        (Call(getattr, (HistoryBuffer, '__init__')), 'a checkpoint may only access'),
         (nn.Linear(1, 1), 'torch.nn.modules.linear.Linear'),
         (np.array([None]), 'an array of object'),
         (np.zeros(1, [('a', 'f4')]), 'an array of'),

@@ -564,5 +564,5 @@ def test_backbones_of_others_are_refused():
     model = nn.Module()
     for backbone in (nn.Conv2d(3, 1, 1), None):
         model.backbone = backbone
-        with pytest.raises(ValueError, match=f'the backbone must be one of mmslide, got {type(backbone).__name__}'):
+        with pytest.raises(ValueError, match=f'the backbone must be from mmslide, got {type(backbone).__name__}'):
             visualize.find_backbone(model)

@@ -303,7 +303,7 @@ def test_arguments_have_names_that_tools_see(backbone):
         (dict(slide_stages=(True,)), r'slide_stages must be a list'),
         (dict(out_indices=(4,)), r'out_indices must be a list of different stages from 0 to 3'),
         (dict(out_indices=None), r'out_indices must be a list .*got out_indices=None'),
-        (dict(out_indices=()), r'out_indices must name at least one stage'),
+        (dict(out_indices=()), r'out_indices must have at least one stage'),
         (dict(out_indices=(0,), frozen_stages=5), r'frozen_stages must be in -1..4, got frozen_stages=5'),
         (dict(frozen_stages=None), r'frozen_stages must be in -1..4, got frozen_stages=None'),
         (dict(frozen_stages=True), r'frozen_stages must be in -1..4, got frozen_stages=True'),

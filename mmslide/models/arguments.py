@@ -1,4 +1,4 @@
-"""The one place where arguments are checked: every error names the argument and its value."""
+"""Argument checks: every error message has the argument and its value."""
 
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -10,7 +10,7 @@ def check_integer(name: str, value: Any, *, odd: bool = False) -> None:
 
 
 def check_rate(name: str, value: Any) -> None:
-    """Of a probability with which something is dropped."""
+    """Checks a dropout probability."""
     if not _is_number(value) or not 0 <= value < 1:
         raise ValueError(f'{name} must be a number in [0, 1), got {name}={value!r}')
 
@@ -54,18 +54,18 @@ def per_stage(name: str, value: Any, count: int, *, odd: bool = False) -> tuple[
     return values
 
 
-FRACTIONS = {'mlp_ratios', 'layer_scales'}  # of an arch; all else is counted
+FRACTIONS = {'mlp_ratios', 'layer_scales'}  # of an arch; all others are integers
 
 
 def pick_arch(
     arch: Any, variants: Mapping[str, Mapping[str, Sequence[Any]]], optional: Mapping[str, Any]
 ) -> dict[str, Sequence[Any]]:
-    """The row of a variant by name, or a user's own row with the same keys, checked.
+    """The row of a variant by name, or the user's own row with the same keys, after checking it.
 
-    In a user's row a single number is used for all stages, and for embed_dims it doubles from stage to stage.
+    In the user's row, a single number is used for all stages; for embed_dims it doubles from stage to stage.
 
     Args:
-        optional: keys that a row may leave out, with the default for all stages. These may be 0.
+        optional: keys that a row may omit, with their default for all stages. Their values may be 0.
 
     Raises:
         ValueError: the name is unknown, keys are missing or unknown, or the values do not fit together.
@@ -97,7 +97,7 @@ def pick_arch(
             what = (
                 f'{"non-negative" if key in optional else "positive"} {"numbers" if key in FRACTIONS else "integers"}'
             )
-            raise ValueError(f'arch must have {what} alone, got {key}={value!r}')
+            raise ValueError(f'arch must have only {what}, got {key}={value!r}')
     for embed_dims, num_heads in zip(row['embed_dims'], row['num_heads'], strict=True):
         check_heads(embed_dims, num_heads)
     return row

@@ -1,6 +1,6 @@
-"""mmengine's BaseModule, for mypy a class of torch's: mmengine has no types.
+"""mmengine's BaseModule; for mypy, torch's Module, since mmengine has no types.
 
-Below a class of type Any mypy would let unknown names of arguments pass.
+With a base class of type Any, mypy would accept unknown argument names.
 """
 
 from typing import TYPE_CHECKING

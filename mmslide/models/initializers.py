@@ -13,10 +13,10 @@ from .pyramid import Pyramid
 class ZeroSumPatches:
     """Initializes the first convolution of a backbone so that it ignores the mean color of a patch; for `init_cfg`.
 
-    Training from scratch on small data finds outlines sooner if color, the largest part of a patch's variance, does not
-    dominate. Weights are drawn from a normal distribution and made to sum to zero over each patch and input channel.
-    Biases are drawn from another, so that the following norm does not scale the noise of a uniform patch up to that of
-    edges.
+    When training from scratch on small data, outlines are learned sooner if color, the largest part of a patch's
+    variance, does not dominate. Weights are drawn from a normal distribution and made to sum to zero over each patch
+    and input channel. Biases are drawn from another, so that the following norm does not amplify the noise of a uniform
+    patch to the level of edges.
 
     Args:
         std: standard deviation of the weights, before their mean is subtracted.
@@ -33,7 +33,7 @@ class ZeroSumPatches:
     def __call__(self, backbone: Pyramid) -> None:
         if not isinstance(backbone, Pyramid):
             raise TypeError(
-                f'ZeroSumPatches stands in the init_cfg of a backbone of mmslide, got {type(backbone).__name__}'
+                f'ZeroSumPatches must be in the init_cfg of a backbone of mmslide, got {type(backbone).__name__}'
             )
         projection: Any = next(x for x in backbone.stages[0].embed.modules() if isinstance(x, nn.Conv2d))
         with torch.no_grad():

@@ -7,10 +7,11 @@ from torch import Tensor, nn
 
 
 class PatchEmbed(BaseModule):
-    """Patches that do not overlap, embedded, normed, with dropout: (B, H, W, C) to (B, H', W', embed_dims).
+    """Non-overlapping patch embedding with norm and dropout: (B, H, W, C) to (B, H', W', embed_dims).
 
     Args:
-        pad: sides that do not divide by patch_size are padded with zeros at the right and bottom; else cropped.
+        pad: whether to zero-pad sides that are not divisible by patch_size at the right and bottom; otherwise they are
+            cropped.
     """
 
     def __init__(
@@ -39,9 +40,9 @@ class PatchEmbed(BaseModule):
 
 
 class OverlappedPatchEmbed(BaseModule):
-    """Overlapping patches, embedded by a convolution on the zero-padded map and normed, with dropout.
+    """Overlapping patch embedding by a convolution on the zero-padded map, with norm and dropout.
 
-    (B, H, W, in_channels) to (B, ⌊(H + 2 padding - kernel_size) / stride⌋ + 1, likewise, embed_dims).
+    (B, H, W, in_channels) to (B, H', W', embed_dims) with H' = ⌊(H + 2 padding - kernel_size) / stride⌋ + 1.
     """
 
     def __init__(
@@ -68,7 +69,8 @@ class OverlappedPatchEmbed(BaseModule):
 class PatchMerging(BaseModule):
     """Swin's downsampling (arXiv 2103.14030, section 3.1): (B, H, W, C) to (B, ⌈H/2⌉, ⌈W/2⌉, out_channels).
 
-    The four pixels of a patch are concatenated column by column, as the authors do. Odd sides are padded with zeros.
+    The four pixels of a patch are concatenated column by column, as in the authors' code. Odd sides are padded with
+    zeros.
     """
 
     stride = 2
@@ -89,10 +91,10 @@ class Block(BaseModule):
 
     Args:
         mixer: attention on (B, H, W, C).
-        mlp: called with the map and the norm that comes before it, see `MLP`.
-        drop_path_rate: probability with which each of the two branches is dropped, drawn once a branch and image.
-        layer_scale: initial value of the learned factor of each branch and channel (arXiv 2103.17239, section 2.1); 0
-            for no such factor.
+        mlp: called with the map and the norm before it, see `MLP`.
+        drop_path_rate: probability of dropping each of the two branches, drawn once per branch and image.
+        layer_scale: initial value of a learned factor for each branch and channel (arXiv 2103.17239, section 2.1); 0
+            for none.
     """
 
     def __init__(
@@ -120,7 +122,7 @@ class Block(BaseModule):
 
 
 def pad_to_patches(x: Tensor, size: int) -> Tensor:
-    """(B, H, W, C) with zeros at the right and bottom to sides that divide by `size`."""
-    # Not -W % size: when a dynamic size is exported, this form lets PyTorch see that the sum divides.
+    """Pads (B, H, W, C) with zeros at the right and bottom to multiples of `size`."""
+    # Not -W % size: with this form, PyTorch can prove divisibility when a dynamic size is exported.
     height, width = ((side + size - 1) // size * size for side in x.shape[1:3])
     return F.pad(x, (0, 0, 0, width - x.shape[2], 0, height - x.shape[1]))

@@ -10,7 +10,7 @@ from mmslide.ops.mlp import mlp_in_blocks
 
 from .plain import is_plain
 
-DROP: list[type[nn.Module]] = [nn.Dropout, nn.Identity]  # a deployed model has none
+DROP: list[type[nn.Module]] = [nn.Dropout, nn.Identity]  # a deployed model has no dropout
 LAYERS: list[list[type[nn.Module]]] = [
     [nn.LayerNorm],
     [nn.Sequential],
@@ -26,8 +26,8 @@ LAYERS: list[list[type[nn.Module]]] = [
 class MLP(BaseModule):
     """The MLP of a pre-norm transformer block: linear, GELU, dropout, linear, dropout.
 
-    On a CPU plain layers are computed together, some pixels at a time: see `mmslide.ops.mlp`. The state dict's keys
-    are those of mmcv's FFN.
+    On a CPU, plain layers are computed together in blocks of pixels: see `mmslide.ops.mlp`. The state dict has the same
+        keys as mmcv's FFN.
 
     Args:
         embed_dims: C of the map (..., C).
@@ -44,7 +44,7 @@ class MLP(BaseModule):
         )
 
     def forward(self, x: Tensor, norm: Any) -> Tensor:
-        """The MLP of norm(x), (..., C) to the same, without the residual."""
+        """The MLP of norm(x), (..., C) to the same shape, without the residual."""
         if not self._pays_in_blocks(x, norm):
             return self.layers(norm(x))
         expand, contract = self.layers[0][0], self.layers[1]
@@ -55,7 +55,7 @@ class MLP(BaseModule):
             return mlp_in_blocks(x, norm.weight, norm.bias, weight1, bias1, weight2, bias2, norm.eps)
 
     def _pays_in_blocks(self, x: Tensor, norm: Any) -> bool:
-        """Whether `mlp_in_blocks` is faster than calling the layers, and nothing else differs."""
+        """Whether `mlp_in_blocks` is faster than calling the layers and otherwise equivalent."""
         if x.device.type != 'cpu':
             return False
         layers: list[Any] = [norm, *self.layers.modules()]
@@ -65,7 +65,7 @@ class MLP(BaseModule):
         parameters = [parameter for y in (norm, expand, contract) for parameter in (y.weight, y.bias)]
         if any(parameter is None for parameter in parameters):
             return False
-        # Under autocast the layers' own rules: the norm in x's dtype, the products in autocast's.
+        # Under autocast, the same rules as in the layers: the norm in x's dtype, the products in autocast's.
         dtypes = {parameter.dtype for parameter in parameters}
         wanted = {torch.float32} if is_autocast_enabled('cpu') else {x.dtype}
         return activation.approximate == 'none' and norm.normalized_shape == x.shape[-1:] and dtypes == wanted
@@ -78,7 +78,7 @@ class ConvMLP(BaseModule):
         embed_dims: C of the map (B, H, W, C).
         hidden_dims: channels between the two linear layers.
         drop_rate: of both dropouts.
-        relu: one more activation before the depthwise convolution, as in the linear variant.
+        relu: whether to add an activation before the depthwise convolution, as in the linear variant.
     """
 
     def __init__(self, embed_dims: int, hidden_dims: int, drop_rate: float = 0.0, relu: bool = False) -> None:
@@ -96,12 +96,12 @@ class ConvMLP(BaseModule):
         )
 
     def forward(self, x: Tensor, norm: Any) -> Tensor:
-        """The MLP of norm(x), (B, H, W, C) to the same, without the residual."""
+        """The MLP of norm(x), (B, H, W, C) to the same shape, without the residual."""
         return self.layers(norm(x))
 
 
 class DepthwiseConv(nn.Conv2d):
-    """A depthwise 3×3 convolution on channels-last maps: (B, H, W, C) to the same."""
+    """A depthwise 3×3 convolution on channels-last maps: (B, H, W, C) to the same shape."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, channels, kernel_size=3, padding=1, groups=channels)

@@ -10,12 +10,12 @@ from mmslide.compat import has_any_global_hook, is_compiling
 def is_plain(x: Tensor, layers: Sequence[nn.Module], types: Sequence[Collection[type[nn.Module]]]) -> bool:
     """Whether the layers may be computed from their parameters instead of being called, without a visible difference.
 
-    They may not if a layer replaces another (quantized, parametrized, with an adapter) or has hooks, for tensor
-    subclasses, and while a function transform or a torch mode is active.
+    Not if a layer replaces another (quantized, parametrized, with an adapter) or has hooks, for tensor subclasses, and
+    while a function transform or a torch mode is active.
 
     Args:
-        x: what the layers would be called with.
-        types: of each layer, those that it may have exactly.
+        x: the input of the layers.
+        types: for each layer, the exact types that are allowed.
     """
     return (
         not is_compiling()

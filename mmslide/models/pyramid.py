@@ -1,4 +1,4 @@
-"""What every backbone here does the same way, written once."""
+"""The base class of all backbones."""
 
 import operator
 from collections.abc import Mapping, Sequence
@@ -32,7 +32,7 @@ class Stage(BaseModule):
 
     Args:
         embed: (B, H, W, C_in) to (B, H', W', C).
-        blocks: each (B, H', W', C) to the same.
+        blocks: each (B, H', W', C) to the same shape.
         norm: of the stage's map.
     """
 
@@ -43,7 +43,7 @@ class Stage(BaseModule):
         self.norm = norm
 
     def forward(self, x: Tensor, with_cp: bool) -> tuple[Tensor, Tensor]:
-        """The stage's map, and the same map normed."""
+        """The stage's map, before and after the norm."""
         x = self.embed(x)
         for index in range(len(self.blocks)):
             x = self.forward_block(index, x, with_cp)
@@ -58,9 +58,9 @@ class Stage(BaseModule):
 class Pyramid(BaseModule):
     """A hierarchical backbone: images (B, in_channels, H, W) to one map (B, C, H / stride, W / stride) per stage.
 
-    A backbone is a dataclass derived from this one: `variants` is its table (`optional` has keys that a row may leave
-    out, with their defaults), its fields are its own arguments and the defaults that differ, and it overrides
-    `build_embedding` and `build_mixer`, and other methods where it differs.
+    A backbone is a dataclass derived from this one: `variants` is its table (`optional` has keys that a row may omit,
+        with their defaults), its fields are its own arguments and the shared ones with a different default, and it
+        overrides `build_embedding`, `build_mixer` and, if necessary, other methods.
 
     Args:
         arch: name of a variant in the table, or a dict with the table's keys and a list with one value per stage for
@@ -69,25 +69,26 @@ class Pyramid(BaseModule):
         slide_stages: stages (from 0) with Slide Attention (CVPR 2023, arXiv 2304.04237) in place of the host's own
             attention; () is the host itself.
         kernel_size: k of Slide Attention, odd; one number, or one per stage.
-        attn_backend: backend of Slide Attention, see `mmslide.ops.slide_attention`; None picks the best.
+        attn_backend: backend of Slide Attention, see `mmslide.ops.slide_attention`; None selects the best.
         out_indices: stages (from 0) whose maps are returned, finest first. Stages after the last one are not built;
-            drop path rates stay those of the whole backbone, whose checkpoints still load through `init_cfg`.
+            drop path rates are those of the whole backbone, whose checkpoints still load through `init_cfg`.
         frozen_stages: -1 freezes nothing, 0 the first patch embedding, n the first n stages as well.
-        stage_norm: 'next' adds a norm after each stage, whose output the next stage gets; 'output' norms only the
-            outputs; None adds no norms.
+        stage_norm: 'next' adds a norm after each stage, whose result is passed to the next stage; 'output' normalizes
+            only the outputs; None adds no norms.
         qkv_bias: whether the projections to queries, keys and values have a bias.
         drop_rate: dropout after embeddings, attention and MLPs.
         attn_drop_rate: dropout of the attention weights.
         drop_path_rate: stochastic depth rate of the last block; the rate increases linearly from 0 in the first.
-        with_cp: recompute each block in the backward pass instead of keeping its activations.
+        with_cp: whether to recompute each block in the backward pass instead of storing its activations.
         norm_cfg: config of all norms, see mmcv's `build_norm_layer`.
         init_cfg: see mmengine. `dict(type='Pretrained', checkpoint=FILE_OR_URL, prefix=None)` reads every layout in
             `mmslide.weights.layouts`; None is `default_init_cfg`, which draws linear weights from a truncated normal
             distribution with std 0.02.
-        deploy: build the form for inference, see `mmslide.deploy.fuse`; it loads fused checkpoints and all others.
+        deploy: whether to build the fused form for inference, see `mmslide.deploy.fuse`; it loads both fused and other
+            checkpoints.
 
     Raises:
-        ValueError: an argument does not fit (the message names it), or an image is smaller than the coarsest stride or
+        ValueError: an argument is invalid (the message names it), or an image is smaller than the coarsest stride or
             the patch that a mixer needs.
     """
 
@@ -119,7 +120,7 @@ class Pyramid(BaseModule):
         self.check_arguments()
         depths = self.row['depths']
         rates = iter(torch.linspace(0, self.drop_path_rate, sum(depths), device='cpu').tolist())
-        # What comes after the last output would have no gradient, and distributed training would stop.
+        # Parameters after the last output would get no gradient, and distributed training would fail.
         built = depths[: max(self.out_indices) + 1]
         blocks = [
             [self._build_block(stage, index, next(rates)) for index in range(depth)]
@@ -132,14 +133,14 @@ class Pyramid(BaseModule):
         self._freeze()
 
     def check_arguments(self) -> None:
-        """Checks the arguments, and derives those for each stage; a host extends it for its own."""
+        """Checks the arguments and derives those of each stage; hosts extend it for their own arguments."""
         self.num_stages = len(self.row['depths'])
         self.kernel_sizes = per_stage('kernel_size', self.kernel_size, self.num_stages, odd=True)
         check_integer('in_channels', self.in_channels)
         check_stages('slide_stages', self.slide_stages, self.num_stages)
         check_stages('out_indices', self.out_indices, self.num_stages)
         if not self.out_indices:
-            raise ValueError('out_indices must name at least one stage, got ()')
+            raise ValueError('out_indices must have at least one stage, got ()')
         if type(self.frozen_stages) is not int or not -1 <= self.frozen_stages <= self.num_stages:
             raise ValueError(
                 f'frozen_stages must be in -1..{self.num_stages}, got frozen_stages={self.frozen_stages!r}'
@@ -155,7 +156,7 @@ class Pyramid(BaseModule):
         raise NotImplementedError
 
     def build_mixer(self, stage: int, index: int, **shared: Any) -> nn.Module:
-        """The host's own attention in a block; where it does not take every map, its `min_size` is the least side.
+        """The host's own attention in a block; its `min_size` is the minimum side of the map, if there is one.
 
         Args:
             shared: embed_dims, num_heads, qkv_bias, attn_drop_rate and proj_drop_rate.
@@ -163,7 +164,7 @@ class Pyramid(BaseModule):
         raise NotImplementedError
 
     def has_slide_attention(self, stage: int, index: int) -> bool:
-        """Whether Slide Attention takes the place of the host's own attention in a block."""
+        """Whether Slide Attention replaces the host's own attention in a block."""
         return stage in self.slide_stages
 
     def build_mlp(self, stage: int, embed_dims: int) -> nn.Module:
@@ -198,18 +199,18 @@ class Pyramid(BaseModule):
     def _build_stage(self, stage: int, blocks: Sequence[nn.Module]) -> Stage:
         dims = self.row['embed_dims']
         embed = self.build_embedding(stage, dims[stage - 1] if stage else self.in_channels, dims[stage])
-        # Of a stage that is not put out, the parameters of an output norm would go unused.
+        # If a stage's map is not returned, the parameters of an output norm would be unused.
         normed = self.stage_norm == 'next' or (self.stage_norm == 'output' and stage in self.out_indices)
         norm = build_norm_layer(self.norm_cfg, dims[stage])[1] if normed else nn.Identity()
         return self.build_stage(embed, blocks, norm, dims[stage])
 
     @property
     def strides(self) -> tuple[int, ...]:
-        """Of each stage's map: the side of its pixels, in pixels of the image."""
+        """The stride of each stage's map, in pixels of the image."""
         return tuple(accumulate((stage.embed.stride for stage in self.stages), operator.mul))
 
     def _min_size(self) -> int:
-        """Of an image: in each stage the map must have a pixel, and what the mixers need."""
+        """The minimum side of an image: each stage's map needs at least one pixel and the mixers' min_size."""
         return max(
             stride * getattr(block.attn, 'min_size', 1)
             for stride, stage in zip(self.strides, self.stages, strict=True)
@@ -218,20 +219,20 @@ class Pyramid(BaseModule):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         if x.shape[-2] < self.min_size or x.shape[-1] < self.min_size:  # min() would compare the two under export
-            raise ValueError(f'images must be at least {self.min_size} pixels a side, got {tuple(x.shape[-2:])}')
+            raise ValueError(f'images must have at least {self.min_size} pixels per side, got {tuple(x.shape[-2:])}')
         x = x.permute(0, 2, 3, 1)
         outs = []
         for index, stage in enumerate(self.stages):
             x, normed = stage(x, self.with_cp)
             if index in self.out_indices:
-                # Contiguous: mmcv's RoIAlign reads the memory of a channels-last view in the wrong order.
+                # Contiguous, since mmcv's RoIAlign reads channels-last views in the wrong order.
                 outs.append(normed.permute(0, 3, 1, 2).contiguous())
             if self.stage_norm == 'next':
                 x = normed
         return tuple(outs)
 
     def switch_to_deploy(self) -> None:
-        """Merges the paths of every Slide Attention and takes out what acts in training only, in place."""
+        """Merges the paths of every Slide Attention and removes modules used only in training, in place."""
         modules: list[Any] = list(self.modules())
         for module in modules:
             if isinstance(module, SlideAttention):
@@ -264,5 +265,5 @@ class Pyramid(BaseModule):
 
 
 def reduction_norm(norm_cfg: dict) -> dict:
-    """Of patch embeddings and subsampled keys, where PVTv2 and Twins have another eps than in their blocks."""
+    """The norm of patch embeddings and subsampled keys, where PVTv2 and Twins use a different eps than in blocks."""
     return dict(norm_cfg, eps=1e-5)

@@ -24,8 +24,9 @@ VARIANTS = {
 class SlideCSWin(Pyramid):
     """CSWin Transformer (CVPR 2022, arXiv 2107.00652) with Slide Attention in its first stages.
 
-    The last stage attends over its whole map. Which blocks Slide-CSWin replaces is unpublished: here all blocks of the
-    first two stages, LePE included, as in the other hosts and within rounding of the paper's parameters and FLOPs.
+    The last stage attends over its whole map. The blocks that Slide-CSWin replaces are not published: here, all blocks
+    of the first two stages, including LePE, as in the other hosts and within rounding of the paper's parameters and
+    FLOPs.
 
     Args:
         arch: 'tiny', 'small', 'base', 'large', or a dict with embed_dims, depths, num_heads, mlp_ratios, split_sizes

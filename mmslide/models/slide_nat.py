@@ -29,9 +29,9 @@ VARIANTS: Variants = {
 class SlideNAT(Pyramid):
     """NAT (CVPR 2023, arXiv 2204.07143) with Slide Attention in its first stages.
 
-    Which blocks of NAT the paper of Slide Attention replaces is not published: as in its other hosts, all of the first
-    two stages are by default, each with the host's whole attention and its relative position bias. A side n becomes
-    ⌈n/4⌉ after the stem, then ⌈n/2⌉ from stage to stage.
+    The blocks of NAT that the Slide-Transformer paper replaces are not published: by default all blocks of the first
+    two stages, as in its other hosts, each replacing the host's attention including its relative position bias. A side
+    n becomes ⌈n/4⌉ after the stem, then ⌈n/2⌉ from stage to stage.
 
     Args:
         arch: 'mini', 'tiny', 'small', 'base', or a dict with embed_dims, depths, num_heads, mlp_ratios, and
@@ -75,7 +75,7 @@ class SlideNAT(Pyramid):
 
 
 class ConvStem(BaseModule):
-    """Two 3×3 convolutions of stride 2 with nothing between them, a norm, dropout.
+    """Two consecutive 3×3 convolutions with stride 2, followed by norm and dropout.
 
     (B, H, W, in_channels) to (B, ⌈H/4⌉, ⌈W/4⌉, embed_dims).
     """

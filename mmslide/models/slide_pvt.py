@@ -28,12 +28,12 @@ VARIANTS = {
 class SlidePVT(Pyramid):
     """PVT (ICCV 2021, arXiv 2102.12122) with Slide Attention in its first stages.
 
-    Sides that do not divide by a patch or by sr_ratio are cropped, as the authors do.
+    Sides that are not divisible by the patch size or sr_ratio are cropped, as in the authors' code.
 
     Args:
         arch: 'tiny', 'small', 'medium', 'large', or a dict with embed_dims, depths, num_heads, mlp_ratios, sr_ratios.
         pretrain_img_size: pixels, one number or (height, width); sets the size of the learned position embeddings,
-            which are resampled to other inputs.
+            which are interpolated for other input sizes.
 
     Other arguments and errors: see `Pyramid`.
     """
@@ -83,6 +83,6 @@ class PositionedPatchEmbed(PatchEmbed):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.embed(x)
-        # Exact at its own size too, so no branch that export would settle at the traced size.
+        # Also exact at its own size, which avoids a branch that export would specialize to the traced size.
         position = F.interpolate(self.position_embedding.permute(0, 3, 1, 2), size=x.shape[1:3], mode='bilinear')
         return self.drop(x + position.permute(0, 2, 3, 1))

@@ -29,14 +29,14 @@ VARIANTS = {
 class SlidePVTv2(Pyramid):
     """PVTv2 (CVMJ 2022, arXiv 2106.13797) with Slide Attention in its first stages.
 
-    Patches overlap, and a map's side n becomes ⌈n / stride⌉. What does not fill a patch of sr_ratio is cropped.
+    Patches overlap, and a map's side n becomes ⌈n / stride⌉. Incomplete patches of sr_ratio are cropped.
 
     Args:
         arch: 'b0' to 'b5', 'b2-li', or a dict with embed_dims, depths, num_heads, mlp_ratios, sr_ratios, and for the
             linear variant pool_sizes: a stage with pool_size > 0 attends to an average pool of that side instead of
             patches of sr_ratio, and its MLPs have a ReLU before their depthwise convolution.
-        norm_cfg: of the norms in the blocks and after the stages. Those of patch embeddings and subsampled keys have
-            eps 1e-5 in any case.
+        norm_cfg: of the norms in the blocks and after the stages. Those of patch embeddings and subsampled keys always
+            have eps 1e-5.
 
     Other arguments and errors: see `Pyramid`.
     """
@@ -46,7 +46,7 @@ class SlidePVTv2(Pyramid):
     default_init_cfg: ClassVar[list[dict]] = [
         *Pyramid.default_init_cfg,
         dict(type='Kaiming', layer='Conv2d', mode='fan_out'),
-        # mmengine's fan_out does not divide by the groups; fan_in, with one channel in each, is the same.
+        # mmengine's fan_out is not divided by the groups; fan_in, with one channel per group, is equivalent.
         dict(type='Kaiming', layer='DepthwiseConv', mode='fan_in'),
     ]
 

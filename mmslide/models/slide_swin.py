@@ -29,7 +29,7 @@ VARIANTS = {
 class SlideSwin(Pyramid):
     """Swin Transformer (ICCV 2021, arXiv 2103.14030) with Slide Attention in its first stages.
 
-    Sides that do not divide by a patch are padded with zeros.
+    Sides that are not divisible by the patch size are padded with zeros.
 
     Args:
         arch: 'tiny', 'small', 'base', or a dict with embed_dims, depths, num_heads, mlp_ratios.

@@ -28,9 +28,9 @@ SVT_VARIANTS = {
 
 @dataclass(eq=False, repr=False)
 class Twins(Pyramid):
-    """What both Twins (NeurIPS 2021, arXiv 2104.13840) share: all but their local attention.
+    """The common base of both Twins (NeurIPS 2021, arXiv 2104.13840): everything except their local attention.
 
-    Sides that do not divide by a patch or by sr_ratio are cropped, as the authors do.
+    Sides that are not divisible by the patch size or sr_ratio are cropped, as in the authors' code.
     """
 
     _: KW_ONLY
@@ -61,8 +61,8 @@ class TwinsPCPVT(Twins):
 
     Args:
         arch: 'small', 'base', 'large', or a dict with embed_dims, depths, num_heads, mlp_ratios, sr_ratios.
-        norm_cfg: of the norms in the blocks and after the stages. Those of patch embeddings and subsampled keys have
-            eps 1e-5 in any case.
+        norm_cfg: of the norms in the blocks and after the stages. Those of patch embeddings and subsampled keys
+            always have eps 1e-5.
 
     Other arguments and errors: see `Pyramid`.
     """
@@ -75,18 +75,18 @@ class TwinsPCPVT(Twins):
 @MODELS.register_module()
 @dataclass(eq=False, repr=False)
 class TwinsSVT(Twins):
-    """Twins-SVT (NeurIPS 2021, arXiv 2104.13840, section 3.2): local and global attention in turn.
+    """Twins-SVT (NeurIPS 2021, arXiv 2104.13840, section 3.2): alternating local and global attention.
 
-    Even blocks of every stage attend in windows (LSA), or by Slide Attention in slide_stages; odd ones globally to a
-    subsampled map (GSA). Maps are padded to whole windows.
+    Even blocks of every stage use window attention (LSA), or Slide Attention in slide_stages; odd blocks attend
+    globally to a subsampled map (GSA). Maps are padded to whole windows.
 
     Args:
         arch: 'small', 'base', 'large', or a dict with embed_dims, depths, num_heads, mlp_ratios, sr_ratios.
         window_size: in pixels of the stage's map, one number, or one per stage.
-        mask_padding: mask the padding of the windows. False reproduces the authors' detection code, for
+        mask_padding: whether to mask the padding of the windows. False reproduces the authors' detection code, for
             weights that were trained with it.
-        norm_cfg: of the norms in the blocks and after the stages. Those of patch embeddings and subsampled keys have
-            eps 1e-5 in any case.
+        norm_cfg: of the norms in the blocks and after the stages. Those of patch embeddings and subsampled keys
+            always have eps 1e-5.
 
     Other arguments and errors: see `Pyramid`.
     """
@@ -127,9 +127,9 @@ class TwinsStage(Stage):
 
 
 class PEG(BaseModule):
-    """Position encoding generator (ICLR 2023, arXiv 2102.10882, section 3.2): (B, H, W, C) to the same.
+    """Position encoding generator (ICLR 2023, arXiv 2102.10882, section 3.2): (B, H, W, C) to the same shape.
 
-    Adds a depthwise 3×3 convolution, whose zero padding encodes where the borders are.
+    Adds a depthwise 3×3 convolution, whose zero padding encodes the position of the borders.
     """
 
     def __init__(self, embed_dims: int) -> None:

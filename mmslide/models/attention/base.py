@@ -21,7 +21,7 @@ class Attention(BaseModule):
         init_cfg: see mmengine.
 
     Raises:
-        ValueError: an argument does not fit; the message names it.
+        ValueError: an argument is invalid; the message names it.
     """
 
     embed_dims: int
@@ -39,7 +39,7 @@ class Attention(BaseModule):
         check_rate('proj_drop_rate', self.proj_drop_rate)
 
     def constants(self) -> dict[str, Tensor]:
-        """Buffers that are in no state dict."""
+        """Non-persistent buffers."""
         return {}
 
     def _register_constants(self) -> None:
@@ -47,7 +47,7 @@ class Attention(BaseModule):
             self.register_buffer(name, value, persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Off the meta device the constants are computed again, since nothing would load them."""
+        """Recomputes the constants when leaving the meta device, since they are not in checkpoints."""
         on_meta = [name for name, value in self.named_buffers(recurse=False) if value.is_meta]
         super()._apply(fn, recurse)
         for name in on_meta:

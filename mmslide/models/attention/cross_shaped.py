@@ -18,8 +18,8 @@ class CrossShapedWindowAttention(Attention):
 
     The first half of the channels and heads attends in vertical strips, as high as the map and split_size wide, the
     second half in horizontal ones. Values get a locally-enhanced positional encoding (LePE), a depthwise convolution
-    that does not look beyond the strip. A side that split_size does not divide is padded with zeros at both ends; the
-    padding is not masked, as in the authors' code.
+    restricted to the strip. Sides that are not divisible by split_size are padded with zeros at both ends; the padding
+    is not masked, as in the authors' code.
 
     Args:
         split_size: width of a strip in pixels of the map; None attends over the whole map, with all heads.
@@ -47,7 +47,7 @@ class CrossShapedWindowAttention(Attention):
         self.proj_drop = nn.Dropout(self.proj_drop_rate)
 
     def forward(self, x: Tensor) -> Tensor:
-        parts = self.qkv(x).chunk(3 * self.branches, dim=-1)  # q, k and v, each of them a part for each branch
+        parts = self.qkv(x).chunk(3 * self.branches, dim=-1)  # q, k and v, each with one part per branch
         if self.split_size is None:
             out = self._attend(*parts) + self._encode(self.lepe[0], parts[-1])
         else:
@@ -57,11 +57,11 @@ class CrossShapedWindowAttention(Attention):
         return self.proj_drop(self.proj(out))
 
     def _attend_in_strips(self, parts: Sequence[Tensor], lepe: nn.Module, size: int, axis: int) -> Tensor:
-        """One branch: q, k and v are maps (B, H, W, c), whose strips follow each other along an axis."""
+        """One branch: q, k and v are maps (B, H, W, c), split into strips along an axis."""
         batch, side = len(parts[0]), parts[0].shape[axis]
         count = (side + size - 1) // size
         padding = count * size - side
-        before = (size - 1 - (side - 1) % size) // 2  # padding // 2, of what is positive: ONNX would round towards zero
+        before = (size - 1 - (side - 1) % size) // 2  # padding // 2 of a positive number: ONNX would round towards zero
         fits = is_true(padding == 0)
         if not fits:
             parts = [F.pad(x, (*(0, 0) * (3 - axis), before, padding - before)) for x in parts]
@@ -90,7 +90,8 @@ class CrossShapedWindowAttention(Attention):
     def _encode_apart(self, lepe: nn.Module, v: Tensor, count: int, axis: int) -> Tensor:
         """`_encode` of the strips that a map (B, H, W, c) is split into, with a line of zeros after each: (N, h, w, c).
 
-        For sizes known at run time only: PyTorch would export strips in the batch for either one or several of them.
+        For sizes known only at run time: with strips in the batch, PyTorch would export either for one strip or for
+            several.
         """
         apart = F.pad(v.unflatten(axis, (count, -1)), (*(0, 0) * (3 - axis), 0, 1))
         out = self._encode(lepe, apart.flatten(axis, axis + 1)).unflatten(axis, (count, apart.shape[axis + 1]))

@@ -13,10 +13,10 @@ from .base import Attention
 
 @dataclass(eq=False, repr=False)
 class NeighborhoodAttention(Attention):
-    """Attention to the pixels nearest to each: neighborhood attention (CVPR 2023, arXiv 2204.07143, section 3.1).
+    """Attention to the nearest pixels: neighborhood attention (CVPR 2023, arXiv 2204.07143, section 3.1).
 
-    At the border the window is moved inside. A map smaller than the window is padded with zeros on the right and
-    bottom; the padding is not masked, as in the host.
+    At the border, the window is shifted inside the map. A map smaller than the window is padded with zeros on the right
+    and bottom; the padding is not masked, as in the host.
 
     Args:
         window_size: side of the window around a pixel, odd, in pixels of the map.
@@ -48,7 +48,7 @@ class NeighborhoodAttention(Attention):
         return neighborhood_attention(q, k, v, self.rpb, dropout_p=dropout_p)
 
     def _missing(self, side: int) -> int:
-        """How many pixels a side of the map lacks to the window's."""
+        """The number of pixels by which a side of the map is smaller than the window."""
         lacking = self.window_size - side
-        # max() would settle a dynamic size at export.
+        # max() would specialize a dynamic size at export.
         return torch.sym_max(lacking, 0) if isinstance(lacking, torch.SymInt) else max(lacking, 0)

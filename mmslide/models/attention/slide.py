@@ -20,15 +20,15 @@ class SlideAttention(Attention):
     """Slide Attention (CVPR 2023, arXiv 2304.04237, section 4): local attention over k×k deformed neighbors.
 
     Takes and returns maps (B, H, W, C). As in the paper, two paths shift keys and values: a fixed one, whose kernels
-    pick one neighbor each, and a deformed one, whose kernels are learned. Both have a learned bias; they are merged
-    before the op. A new module is plain local attention: learned kernels, biases and relative position bias start at
-    zero.
+    select one neighbor each, and a deformed one, whose kernels are learned. Both have a learned bias; they are merged
+    before the op. A new module is plain local attention: learned kernels, biases and relative position bias are
+    initialized to zero.
 
-    `switch_to_deploy` merges the paths into parameters. Such a module still loads the weights of two paths.
+    `switch_to_deploy` merges the paths into parameters. The merged module still loads weights with two paths.
 
     Args:
         kernel_size: k, the side of the neighborhood, odd.
-        backend: see `mmslide.ops.slide_attention`; None lets the op choose.
+        backend: see `mmslide.ops.slide_attention`; None selects the best.
 
     Other arguments and errors: see `Attention`.
     """
@@ -48,7 +48,7 @@ class SlideAttention(Attention):
         self.qkv = nn.Linear(embed_dims, 3 * embed_dims, bias=self.qkv_bias)
         self.proj = nn.Linear(embed_dims, embed_dims)
         self.proj_drop = nn.Dropout(self.proj_drop_rate)
-        # A buffer, and not in a Conv2d, so that no init_cfg and no checkpoint can overwrite it: slot j picks tap j.
+        # A buffer, and not in a Conv2d, so that no init_cfg or checkpoint can overwrite it: slot j selects tap j.
         self.shift: Tensor
         self._register_constants()
         self.shift_bias = nn.Parameter(torch.zeros(head_dims, slots))
@@ -67,7 +67,7 @@ class SlideAttention(Attention):
         """q, k and v, each (B, H, W, C)."""
         if not (torch.is_grad_enabled() and is_plain(x, [self.qkv], [[nn.Linear]])):
             return self.qkv(x).chunk(3, dim=-1)
-        # Three products: the gradients of a split result would be put together again by a copy.
+        # Three products: with a single one, the gradients of the split result would have to be concatenated by a copy.
         weights = self.qkv.weight.chunk(3)
         biases = [None] * 3 if self.qkv.bias is None else self.qkv.bias.chunk(3)
         return [F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
@@ -79,20 +79,20 @@ class SlideAttention(Attention):
         return slide_attention(q, k, v, weight, bias, rpb, dropout_p=dropout_p, backend=self.backend)
 
     def attention_weights(self, x: Tensor) -> Tensor:
-        """The share of each slot in each pixel's output, (B, H, W, heads, k²), without dropout."""
+        """The attention weight of each slot for each pixel, (B, H, W, heads, k²), without dropout."""
         weight, bias = self.kernels()
         q, k, _ = (y.unflatten(-1, (self.num_heads, -1)).to(weight.dtype) for y in self._project(x))
         rpb = self.relative_position_bias.to(weight.dtype)
         return attention_weights(q, k, weight, bias, rpb, q.shape[-1] ** -0.5)
 
     def kernels(self) -> tuple[Tensor, Tensor]:
-        """The merged kernels (d, k², k, k) and their bias (d, k²), float32 at least."""
+        """The merged kernels (d, k², k, k) and their bias (d, k²), at least in float32."""
         if self.deploy:
             return self.fused_weight, self.fused_bias
         return merge_paths(self.shift, self.shift_bias, self.deform_weight, self.deform_bias)
 
     def switch_to_deploy(self) -> None:
-        """Replaces the two paths by their sum, in place, for inference; a second time changes nothing."""
+        """Replaces the two paths by their sum, in place, for inference; has no effect if already done."""
         if self.deploy:
             return
         with torch.no_grad():
@@ -103,7 +103,7 @@ class SlideAttention(Attention):
         self.deploy = True
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """A change of dtype, but the merged kernels never get narrower than float32: see `merge_paths`."""
+        """Converts the dtype, but keeps the merged kernels at least in float32: see `merge_paths`."""
         kept = {name: getattr(self, name).data for name in ('fused_weight', 'fused_bias') if self.deploy}
         super()._apply(fn, recurse)
         for name, value in kept.items():
@@ -117,10 +117,10 @@ class SlideAttention(Attention):
             own = {key: state_dict.pop(key) for key in list(state_dict) if key.startswith(prefix)}
             state_dict.update(fuse_slide_attention(own))
         elif f'{prefix}fused_weight' in state_dict:
-            # Raised here, since mmengine only logs what it finds in the list of errors.
+            # Raised here, since mmengine only logs the list of errors.
             raise ValueError(
                 f'these weights are fused for inference (there is {prefix}fused_weight), and this model is not: build '
-                'it with deploy=True in its backbone, as in the config beside a fused checkpoint, or load the '
-                'checkpoint that was fused'
+                'it with deploy=True in its backbone, as in the config of a fused checkpoint, or load the '
+                'checkpoint before fusing'
             )
         super()._load_from_state_dict(state_dict, prefix, *args)

@@ -13,7 +13,7 @@ from .base import Attention
 
 @dataclass(eq=False, repr=False)
 class SubsampledAttentionBase(Attention):
-    """Global attention to a map that is subsampled by `subsample`.
+    """Global attention to a map subsampled by `subsample`.
 
     Args:
         norm_cfg: config of the norm of the subsampled map.
@@ -50,10 +50,10 @@ class SubsampledAttentionBase(Attention):
 
 
 def query_parts(q: Tensor) -> int:
-    """Number of parts that the queries (B, N, heads, d) are split into, which are then batched as images.
+    """Number of parts to split the queries (B, N, heads, d) into, which are then batched as images.
 
-    On a CPU the backward of scaled_dot_product_attention gives each image and head to one thread; where there are fewer
-    than threads, it is many times slower.
+    On a CPU, the backward of scaled_dot_product_attention uses one thread per image and head; if there are fewer than
+    threads, it is many times slower.
     """
     if is_compiling() or torch.jit.is_tracing() or q.device.type != 'cpu' or not q.requires_grad:
         return 1
@@ -113,13 +113,13 @@ def average_pool(x: Tensor, size: int) -> Tensor:
     """Adaptive average pooling of a map (B, H, W, C) to (B, size, size, C)."""
     if not any(isinstance(side, torch.SymInt) for side in x.shape[1:3]):
         return F.adaptive_avg_pool2d(x.permute(0, 3, 1, 2), size).permute(0, 2, 3, 1)
-    # For sizes known at run time only, as products: PyTorch's decomposition keeps the windows of the traced size.
+    # As products for sizes known only at run time: PyTorch's decomposition keeps the windows of the traced size.
     rows, columns = (_pool_weights(side, size, x) for side in x.shape[1:3])
     return columns @ (rows @ x.flatten(2)).unflatten(-1, x.shape[2:])
 
 
 def _pool_weights(side: int, size: int, x: Tensor) -> Tensor:
-    """What each of `side` pixels adds to each of `size` means: (size, side)."""
+    """The weight of each of `side` pixels in each of `size` means: (size, side)."""
     index, position = (torch.arange(count, device=x.device) for count in (size, side))
     start, end = index * side // size, ((index + 1) * side + size - 1) // size
     inside = (position >= start[:, None]) & (position < end[:, None])

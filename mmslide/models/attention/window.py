@@ -13,7 +13,7 @@ from .base import Attention
 
 @dataclass(eq=False, repr=False)
 class WindowAttentionBase(Attention):
-    """The arguments of every attention in windows.
+    """The shared arguments of window attention.
 
     Args:
         window_size: side of a window in pixels of the map.
@@ -31,12 +31,12 @@ class WindowAttentionBase(Attention):
         self.proj_drop = nn.Dropout(self.proj_drop_rate)
 
     def _grid(self, x: Tensor) -> tuple[int, int]:
-        """How many rows and columns of windows cover (B, H, W, C); symbols if a dynamic size is exported."""
+        """The number of rows and columns of windows that cover (B, H, W, C); symbols if a dynamic size is exported."""
         size = self.window_size
         return (x.shape[1] + size - 1) // size, (x.shape[2] + size - 1) // size
 
     def _pad(self, x: Tensor) -> Tensor:
-        """With zeros, right and bottom, to whole windows."""
+        """Zero-pads at the right and bottom to whole windows."""
         return pad_to_patches(x, self.window_size)
 
     def _partition(self, x: Tensor) -> Tensor:
@@ -46,14 +46,14 @@ class WindowAttentionBase(Attention):
         return windows.transpose(2, 3).flatten(0, 2)
 
     def _attend_in_windows(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """Attention among the pixels of each window of a padded map (B, H, W, C), which stays as large."""
+        """Attention among the pixels of each window of a padded map (B, H, W, C), to the same shape."""
         out = self._attend(self._partition(x), mask).unflatten(0, (len(x), *self._grid(x)))
         return out.transpose(2, 3).reshape(x.shape)
 
     def _attend(self, windows: Tensor, mask: Tensor | None) -> Tensor:
         """Attention among all pixels of each map of (windows, h, w, C).
 
-        The mask broadcasts to (windows, heads, h·w, h·w): True for attend, or numbers to add to the logits.
+        The mask broadcasts to (windows, heads, h·w, h·w): True to attend, or numbers to add to the logits.
         """
         count, height, width, channels = windows.shape
         parts = self.qkv(windows.flatten(1, 2)).chunk(3, dim=-1)
@@ -73,7 +73,7 @@ class WindowAttention(WindowAttentionBase):
     right and bottom to a multiple of the window; the padding is not masked, as in the host.
 
     Args:
-        shift_size: by how many pixels the windows are shifted, less than window_size; 0 for no shift.
+        shift_size: number of pixels by which the windows are shifted, less than window_size; 0 for no shift.
 
     Other arguments and errors: see `WindowAttentionBase`.
     """
@@ -120,16 +120,16 @@ class WindowAttention(WindowAttentionBase):
     def _bias(self, height: int, width: int) -> Tensor:
         """The relative position bias among the pixels of an h×w map inside one window: (1, heads, h·w, h·w).
 
-        Four axes, since scaled_dot_product_attention has no fused kernel for a mask of three.
+        Four dimensions, since scaled_dot_product_attention has no fused kernel for a mask with three.
         """
         index = self.relative_position_index[:height, :width, :height, :width].flatten(2).flatten(0, 1)
         return self.relative_position_bias_table[index].permute(2, 0, 1).unsqueeze(0)
 
     def _bias_alone(self, bias: Tensor, height: int, width: int) -> Tensor:
-        """What lets a padded and rolled window give the result of one that covers the map: (1, heads, pixels, pixels).
+        """The mask that makes a padded and rolled window equal to one that covers the map: (1, heads, pixels, pixels).
 
-        For sizes known at run time only, which cannot choose between two computations. The padding is masked, and the
-        roll, which inside one window only reorders its pixels, is undone in the bias.
+        For sizes known only at run time, which cannot branch. The padding is masked, and the roll, which inside a
+        single window only reorders its pixels, is undone in the bias.
         """
         position = (torch.arange(self.window_size, device=bias.device) + self.shift_size) % self.window_size
         order = (position[:, None] * self.window_size + position).flatten()
@@ -137,11 +137,11 @@ class WindowAttention(WindowAttentionBase):
         return bias[..., order, :][..., order].masked_fill(~inside.flatten(), float('-inf'))
 
     def _shift_mask(self, rows: int, columns: int, x: Tensor) -> Tensor:
-        """-100 between pixels that the roll brought into one window from two ends of the map: (windows, n, n)."""
+        """-100 between pixels that the roll moved into the same window from two ends of the map: (windows, n, n)."""
         size, shift = self.window_size, self.shift_size
 
         def region(count: int) -> Tensor:
-            """0 in all windows of an axis but the last, there 1 before the seam and 2 after it: (count, size)."""
+            """0 in all windows of an axis except the last; there, 1 before the seam and 2 after it: (count, size)."""
             position = torch.arange(count * size, device=x.device)
             in_last, after = position >= (count - 1) * size, position >= count * size - shift
             return (in_last.long() + after.long()).view(count, size)
