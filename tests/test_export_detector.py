@@ -254,7 +254,7 @@ def saved(kind: str, folder: Path) -> tuple[Path, Path]:
 def test_dynamic_is_refused(tmp_path):
     files = [str(file) for file in saved('retinanet', tmp_path)]
     with pytest.raises(
-        ValueError, match='a whole detector is exported for one size; its backbone and its features can be'
+        ValueError, match='a whole detector is exported for one size; only its backbone and features can be'
     ):
         export_file(*files, str(tmp_path / 'x.onnx'), 'model', SHAPE, dynamic=True)
     assert not (tmp_path / 'x.onnx').exists()

@@ -71,7 +71,7 @@ def test_wrong_ranges_leave_no_file(suffix, save, images, tmp_path, monkeypatch)
         return Traced(program, about, precision, [x / 10 for x in calibration])
 
     monkeypatch.setattr(driver, 'Traced', narrow)
-    with pytest.raises(RuntimeError, match=r"results are not the model's: .*a\.png: .* differs from PyTorch by"):
+    with pytest.raises(RuntimeError, match=r"results differ from the model's: .*a\.png: .* differs from PyTorch by"):
         export(config, checkpoint, tmp_path / f'x{suffix}', 'backbone', SHAPE, precision='int8', calibration=images)
     assert sorted(tmp_path.rglob('*')) == before
 
@@ -82,11 +82,11 @@ def test_errors_of_calibration_are_named(save, images, tmp_path):  # noqa: F811
     (tmp_path / 'broken').mkdir()
     (tmp_path / 'broken/a.jpg').write_text('not an image')
     file = images / 'a.png'
-    pair = "precision='int8' needs calibration, a folder of images, and no other precision takes one"
+    pair = "precision='int8' needs calibration, a folder of images, and no other precision uses one"
     for settings, message in [
         (dict(precision='int8'), pair),
         (dict(calibration=images), pair),
-        (dict(precision='int8', calibration=images, dynamic=True), "precision='int8' takes one size only"),
+        (dict(precision='int8', calibration=images, dynamic=True), "precision='int8' supports only one size"),
         (dict(precision='int8', calibration=tmp_path / 'none'), r'none is not a folder with images \(\.bmp'),
         (dict(precision='int8', calibration=tmp_path / 'empty'), r'empty is not a folder with images \(\.bmp'),
         (dict(precision='int8', calibration=file), r'a\.png is not a folder with images \(\.bmp'),

@@ -25,13 +25,13 @@ def load_model(config: str | Path, checkpoint: str | Path) -> tuple[Config, nn.M
 
     Raises:
         OSError: one of the files cannot be read.
-        ValueError: the config's model has no backbone; or the checkpoint is damaged, does not fit, or has NaN or
+        ValueError: the config's model has no backbone; or the checkpoint is damaged, does not match, or has NaN or
             infinite weights.
     """
     cfg = Config.fromfile(find_config(config))
     if 'backbone' not in cfg.get('model', {}):
         raise ValueError(f'{config} must have a model with a backbone')
-    if 'data_preprocessor' in cfg:  # at the top level: mmengine's Runner puts it into the model
+    if 'data_preprocessor' in cfg:  # at the top level; mmengine's Runner moves it into the model
         cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
     content = read_checkpoint(checkpoint)
     state = find_state_dict(content, checkpoint)
@@ -44,7 +44,7 @@ def load_model(config: str | Path, checkpoint: str | Path) -> tuple[Config, nn.M
 def fuse_checkpoint(config: str | Path, checkpoint: str | Path, out: str | Path) -> Path:
     """Fuses a checkpoint (see `fuse`) and writes it, marked `meta['fused']`, with the config that builds its model.
 
-    Either both files appear, complete, or none. Training state (optimizer, schedules, logs) is left out.
+    Writes both files completely, or none. Training state (optimizer, schedules, logs) is dropped.
 
     Args:
         config: path or bare name of the model's config.
@@ -55,12 +55,12 @@ def fuse_checkpoint(config: str | Path, checkpoint: str | Path, out: str | Path)
         The path of the config.
 
     Raises:
-        ValueError: see `load_model` and `atomic_write`; out is a .safetensors file; or the config would replace a file
-            that this function did not write.
+        ValueError: see `load_model` and `atomic_write`; out is a .safetensors file; or the config would overwrite a
+            file that this function did not write.
         OSError: see `load_model`; or out cannot be written.
     """
     if is_safetensors(out):
-        raise ValueError(f'a fused checkpoint is written in the format of torch: name it NAME.pth, not {out}')
+        raise ValueError(f'fused checkpoints are written in torch format: name it NAME.pth, not {out}')
     out_config = Path(out).with_suffix('.py')
     if out_config.exists() and not out_config.read_bytes().startswith(MARK.encode()):
         raise ValueError(

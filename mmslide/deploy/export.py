@@ -20,9 +20,9 @@ from .targets import Metadata, Target, Traced, find_target, require
 from .targets.images import MIN_SIDE, normalize, prepare, read_image, to_pixels
 
 IMAGE_SUFFIXES = {'.bmp', '.jpeg', '.jpg', '.png', '.webp'}
-# Of a calibration folder; more change the ranges little and take long.
+# Number of images from a calibration folder; more are slow and hardly change the ranges.
 MAX_CALIBRATION = 128
-# Of these.
+# Number of these to compare on.
 MAX_COMPARED = 8
 
 
@@ -37,7 +37,7 @@ def export(
     precision: str | None = None,
     calibration: str | Path | None = None,
 ) -> list[str]:
-    """Exports a trained model, fused, in the format of out's suffix, and compares it with PyTorch in its runtime.
+    """Fuses and exports a trained model in the format of out's suffix, and compares it with PyTorch in its runtime.
 
     The graph takes `image` (1, 3, H, W), float32, normalized, with channels in the model's order. The preprocessing is
     stored in the file, see `metadata`.
@@ -45,21 +45,21 @@ def export(
     Args:
         config: path or bare name of the model's config.
         checkpoint: file or URL of the trained weights.
-        out: the file, see `mmslide.deploy.targets`; it appears complete or not at all.
+        out: the file, see `mmslide.deploy.targets`; it is written completely or not at all.
         name: 'backbone' (outputs stage1, ...), 'features' (backbone and neck, outputs level1, ...) or 'model' (of a
             classifier: scores; of a segmentor: logits, labels; of a detector: see `ExportableDetector`).
-        shape: (height, width) of the image, from 32 pixels a side.
-        dynamic: the file takes every size from 32 pixels a side; shape is the first that is compared.
-        images: image files to compare on, beside random numbers.
-        precision: one that the target supports; None is its default.
-        calibration: folder of images that determine the ranges of int8.
+        shape: (height, width) of the image, at least 32 pixels per side.
+        dynamic: whether the file accepts any size of at least 32 pixels per side; shape is the first one compared.
+        images: image files to compare on, in addition to random inputs.
+        precision: one supported by the target; None is its default.
+        calibration: folder of images that determine the ranges for int8.
 
     Returns:
-        One line for each image on which the file was compared with the model before fusing: random ones of `shape`, and
-        if dynamic of three other sizes, or for int8 eight of the calibration images; then `images`.
+        One line for each image on which the file was compared with the model before fusing: random images of `shape`
+            and, if dynamic, of three other sizes, or for int8 eight of the calibration images; then `images`.
 
     Raises:
-        ValueError: an argument does not fit, or see `load_model`.
+        ValueError: an argument is invalid, or see `load_model`.
         FileNotFoundError: one of the files does not exist.
         ImportError: PyTorch is older than 2.6, or the target's packages are not installed.
         RuntimeError: the results differ, or the graph does not run.
@@ -82,20 +82,20 @@ def export(
         module = part(fuse(model), name, shape)
         unfused = part(model, name, shape)
         if module.has_operators and not target.takes_detectors:
-            raise ValueError(f"{target.suffix} has no NMS and RoIAlign: of a detector export the part 'features'")
+            raise ValueError(f"{target.suffix} has no NMS and RoIAlign: export the part 'features' of a detector")
         if dynamic and not module.any_size:
-            raise ValueError('a whole detector is exported for one size; its backbone and its features can be dynamic')
+            raise ValueError('a whole detector is exported for one size; only its backbone and features can be dynamic')
         about = metadata(cfg, meta, module, name, shape, dynamic)
 
         def load_image(file: str | Path) -> np.ndarray:
             return prepare(read_image(file), about, shape)[0]
 
         for file in images:
-            read_image(file)  # those that are no images are named before the work
+            read_image(file)  # reports invalid images before doing any work
         files = calibration_files(calibration)
         ranges = [load_image(file) for file in files]
         target.write(Traced(trace(module, shape, dynamic), about, precision, ranges), path)
-        # Random numbers are outside the ranges of int8.
+        # Random inputs are outside the ranges of int8.
         chosen = [*spread(files, MAX_COMPARED), *images]
         compared: dict[str, Callable[[], np.ndarray]] = {str(file): partial(load_image, file) for file in chosen}
         if not ranges:
@@ -111,19 +111,19 @@ def export(
 def check_arguments(
     target: Target, name: str, shape: tuple[int, int], dynamic: bool, precision: str, calibration: str | Path | None
 ) -> None:
-    """Raises ValueError, which names the argument, if one does not fit."""
+    """Raises ValueError with the name of the argument if one is invalid."""
     if name not in PARTS:
         raise ValueError(f'part must be one of {PARTS}, got {name!r}')
     if min(shape) < MIN_SIDE:
-        raise ValueError(f'shape must be at least {MIN_SIDE} pixels a side, got {tuple(shape)}')
+        raise ValueError(f'shape must be at least {MIN_SIDE} pixels per side, got {tuple(shape)}')
     if precision not in target.precisions:
         raise ValueError(f'precision of {target.suffix} must be one of {tuple(target.precisions)}, got {precision!r}')
     if dynamic and not target.any_size:
-        raise ValueError(f'{target.suffix} takes one size only: leave out dynamic')
+        raise ValueError(f'{target.suffix} supports only one size: remove dynamic')
     if (precision == 'int8') != (calibration is not None):
-        raise ValueError("precision='int8' needs calibration, a folder of images, and no other precision takes one")
+        raise ValueError("precision='int8' needs calibration, a folder of images, and no other precision uses one")
     if dynamic and precision == 'int8':
-        raise ValueError("precision='int8' takes one size only: leave out dynamic")
+        raise ValueError("precision='int8' supports only one size: remove dynamic")
 
 
 def metadata(
@@ -134,7 +134,7 @@ def metadata(
     shape: tuple[int, int],
     dynamic: bool = False,
 ) -> Metadata:
-    """What a runner must know to prepare an image, read as BGR, and to name what was found.
+    """The metadata that a runner needs to prepare an image, read as BGR, and to name the results.
 
     Args:
         cfg: of the model, with its data_preprocessor in `cfg.model`.
@@ -146,12 +146,12 @@ def metadata(
         `targets.images.prepare`), classes.
 
     Raises:
-        ValueError: the model takes other than 3 channels.
+        ValueError: the model does not have 3 input channels.
     """
     values = cfg.model.get('data_preprocessor') or {}
     channels = {np.size(values.get(key) or 0.0) for key in ('mean', 'std')}
     if not channels <= {1, 3}:
-        raise ValueError(f'only models of 3 channels can be exported, got a mean or std of {max(channels)}')
+        raise ValueError(f'only models with 3 channels can be exported, got a mean or std with {max(channels)}')
     return {
         'part': name,
         'outputs': list(module.output_names),
@@ -159,10 +159,10 @@ def metadata(
         'dynamic': dynamic,
         'mean': np.broadcast_to(values.get('mean') or 0.0, 3).tolist(),
         'std': np.broadcast_to(values.get('std') or 1.0, 3).tolist(),
-        # The preprocessors of mmengine, mmdet and mmseg do the same for either.
+        # The preprocessors of mmengine, mmdet and mmseg treat both the same.
         'bgr_to_rgb': bool(values.get('bgr_to_rgb') or values.get('rgb_to_bgr') or values.get('to_rgb')),
         'pad_value': values.get('pad_value') or values.get('pad_val') or 0,
-        # mmseg's own size_divisor is for training.
+        # mmseg's own size_divisor is only for training.
         'pad_divisor': values.get('pad_size_divisor') or (values.get('test_cfg') or {}).get('size_divisor') or 1,
         **resizing(cfg),
         'classes': class_names(meta),
@@ -170,9 +170,9 @@ def metadata(
 
 
 def resizing(cfg: Config) -> dict[str, Any]:
-    """How the test pipeline brings an image to the model's size, see `targets.images.prepare`.
+    """How the test pipeline resizes an image to the model's size, see `targets.images.prepare`.
 
-    'crop' or 'stretch' before a CenterCrop, 'stretch' for a Resize that does not keep proportions, else 'fit'.
+    'crop' or 'stretch' before a CenterCrop, 'stretch' for a Resize that does not keep the aspect ratio, else 'fit'.
     """
     steps = {transform_name(step): step for step in find_test_pipeline(cfg)}
     resize = steps.get('Resize')
@@ -185,7 +185,7 @@ def resizing(cfg: Config) -> dict[str, Any]:
 
 
 def calibration_files(folder: str | Path | None) -> Sequence[Path]:
-    """Up to 128 images of a folder, evenly spread over their sorted names.
+    """Up to 128 images of a folder, evenly spaced in their sorted names.
 
     Raises:
         ValueError: there is none.
@@ -203,12 +203,12 @@ def calibration_files(folder: str | Path | None) -> Sequence[Path]:
 
 
 def spread(items: Sequence[Any], limit: int) -> Sequence[Any]:
-    """At most `limit` of them, evenly spread."""
+    """At most `limit` of them, evenly spaced."""
     return items[:: -(-len(items) // limit) or 1]
 
 
 def other_shapes(shape: tuple[int, int]) -> Iterator[tuple[int, int]]:
-    """Three that a dynamic graph is compared at beside the one asked for: odd, the least, larger."""
+    """Three more shapes to compare a dynamic graph at: odd, the smallest, larger."""
     height, width = shape
     yield max(MIN_SIDE, height // 2) | 1, width + 13
     yield MIN_SIDE, MIN_SIDE + 13
@@ -216,7 +216,7 @@ def other_shapes(shape: tuple[int, int]) -> Iterator[tuple[int, int]]:
 
 
 def random_images(shapes: Sequence[tuple[int, int]]) -> dict[str, Callable[[], np.ndarray]]:
-    """Standard normal, one of each shape."""
+    """Standard normal images, one of each shape."""
     return {f'{height}×{width}': partial(_random_image, height, width) for height, width in shapes}
 
 
@@ -231,16 +231,16 @@ def _as_pixels(image: Callable[[], np.ndarray], about: Metadata) -> np.ndarray:
 def compare(
     module: Exportable, target: Target, path: Path, images: Mapping[str, Callable[[], np.ndarray]], precision: str
 ) -> list[str]:
-    """How the runtime's results agree with the module's, a line for each of the images, which have names.
+    """Compares the runtime's results with the module's; returns a line for each of the named images.
 
     Args:
         images: functions, so that one image at a time is in memory.
 
     Raises:
-        RuntimeError: they do not, or the graph does not run.
+        RuntimeError: they differ, or the graph does not run.
     """
     if reason := target.why_not_run():
-        return [f'not compared, since {reason}: export it on a machine that can run it to compare']
+        return [f'not compared, since {reason}: export it on a machine that can run it']
     written = target.precisions[precision]
     tolerances: dict[str | None, float] = {None: written}
     tolerances |= {name: max(bound, written) for name, bound in target.available_precisions().items()}
@@ -258,7 +258,7 @@ def compare(
                 wrong[chosen].append(lines[-1])
     for chosen, tolerance in tolerances.items():
         if len(wrong[chosen]) > (0 if tolerance <= EXACT else module.may_differ * len(images)):
-            raise RuntimeError("the exported graph's results are not the model's: " + '\n'.join(wrong[chosen]))
+            raise RuntimeError("the exported graph's results differ from the model's: " + '\n'.join(wrong[chosen]))
     return lines
 
 

@@ -11,13 +11,14 @@ from mmslide.models.pyramid import Pyramid
 def fuse(model: nn.Module) -> nn.Module:
     """Returns a copy of a trained model for inference, with the same results and fewer operations.
 
-    In every Slide Attention the fixed and the learned kernels are merged (CVPR 2023, arXiv 2304.04237, section 4.3),
-    as `switch_to_deploy` does for other models of OpenMMLab; DropPath and dropout are removed from the backbone. The
-    merged kernels stay in float32 in a half-precision model.
+    In every Slide Attention, the fixed and the learned kernels are merged (CVPR 2023, arXiv 2304.04237, section 4.3),
+    like `switch_to_deploy` in other OpenMMLab models; DropPath and dropout are removed from the backbone. In a
+    half-precision model, the merged kernels stay in float32.
 
     Args:
         model: any model that contains backbones of this package or `SlideAttention`, such as a detector or a segmentor,
-            also inside a wrapper for distributed training. It is not changed. A fused model is copied.
+            also inside a wrapper for distributed training. It is not modified. A model that is already fused is just
+            copied.
 
     Returns:
         The new model without the wrapper, in eval mode.

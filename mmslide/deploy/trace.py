@@ -1,4 +1,4 @@
-"""From a module to a graph that every target takes."""
+"""Traces a module to the graph used by all targets."""
 
 from operator import attrgetter
 from typing import Any
@@ -23,34 +23,34 @@ from mmslide.models.attention import SlideAttention
 from .graphs import Exportable
 
 MIN_SIDE = 32
-# Traced for every size: large and odd, so that no map is by chance square, whole windows or inside one.
+# For dynamic tracing: large and odd, so that no map happens to be square, a multiple of windows or inside one.
 DYNAMIC_TRACE = (2003, 2503)
 symbolic_shapes_config: Any = torch.fx.experimental._config
 
 
 def trace(module: Exportable, shape: tuple[int, int], dynamic: bool = False) -> ExportedProgram:
-    """The graph of a fused module for images (1, 3, *shape), or for every size from 32 pixels a side.
+    """The graph of a fused module for images (1, 3, *shape), or for any size of at least 32 pixels per side.
 
-    Slide Attention is made of plain operations in it, and everything that depends on parameters only is a constant.
+    In it, Slide Attention consists of plain operations, and everything that depends only on parameters is a constant.
     """
     for child in module.modules():
         if isinstance(child, SlideAttention):
             child.backend = 'unrolled'
-    # From twice the least side on, since PyTorch sets apart maps with a side of 1, which is the same in the graph.
+    # At least twice the minimum side, since PyTorch treats maps with a side of 1 separately; the graph is the same.
     sides = {axis: Dim(side, min=2 * MIN_SIDE) for axis, side in ((2, 'height'), (3, 'width'))}
     settings: dict[str, Any] = dict(
         args=(torch.zeros(1, 3, *(DYNAMIC_TRACE if dynamic else shape)),),
         dynamic_shapes=(sides,) if dynamic else None,
         prefer_deferred_runtime_asserts_over_guards=dynamic,
     )
-    # torch.onnx.export alone would make a size constant, without a word, where export asks for it. The mathematical
-    # form of attention has the memory layout that is left after its decomposition.
+    # torch.onnx.export alone would silently make a size constant where export reports it. The math implementation of
+    # attention has the memory layout that remains after its decomposition.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), symbolic_shapes_config.patch(backed_size_oblivious=True):
         program = torch.export.export(module, **settings)
         if dynamic:
             for symbol, bounds in program.range_constraints.items():
                 program.range_constraints[symbol] = ValueRanges(MIN_SIDE, bounds.upper)
-            # Of what was assumed about sizes, some of it wrongly: sides that are no multiple of a window, say.
+            # Assumptions about sizes, some of them wrong, such as sides that are not a multiple of the window.
             for node in program.graph.find_nodes(op='call_function', target=torch.ops.aten._assert_scalar.default):
                 program.graph.erase_node(node)
             program.graph.eliminate_dead_code()
@@ -66,10 +66,10 @@ def trace(module: Exportable, shape: tuple[int, int], dynamic: bool = False) -> 
 def flatten_maps(module: GraphModule) -> None:
     """Adds and normalizes maps (1, H, W, C) as tokens (1, H·W, C), in place.
 
-    Runtimes take four axes for (N, C, H, W), and order them in memory accordingly.
+    Runtimes interpret four dimensions as (N, C, H, W), and order them in memory accordingly.
     """
     aten, graph = torch.ops.aten, module.graph
-    tokens = dict[torch.fx.Node, torch.fx.Node]()  # of maps that are computed so
+    tokens = dict[torch.fx.Node, torch.fx.Node]()  # of maps that are computed as tokens
     norms = {
         node
         for node in graph.find_nodes(op='call_function', target=aten.layer_norm.default)
@@ -102,7 +102,7 @@ def flatten_maps(module: GraphModule) -> None:
 
 
 def split_projections(module: GraphModule) -> None:
-    """Computes the parts of a linear layer's result one by one, in place, since runtimes copy what they split."""
+    """Computes the parts of a split linear layer separately, in place, since runtimes copy the parts of a split."""
     aten, graph = torch.ops.aten, module.graph
     for node in graph.find_nodes(op='call_function', target=aten.split.Tensor):
         source, size, dim = (*node.args, 0)[:3]
@@ -125,11 +125,11 @@ def split_projections(module: GraphModule) -> None:
 
 
 def fold_constants(module: GraphModule) -> None:
-    """Replaces, in place, what a functional graph computes from parameters and constants alone."""
+    """Folds constants, in place: everything that a functional graph computes only from parameters and constants."""
     graph, values = module.graph, dict[torch.fx.Node, Any]()
     for node in graph.nodes:
         if node.target is torch.ops.aten._assert_tensor_metadata.default:
-            graph.erase_node(node)  # would keep what it looks at
+            graph.erase_node(node)  # would keep its inputs alive
         elif node.op == 'get_attr':
             values[node] = attrgetter(node.target)(module)
         elif node.op == 'call_function' and all(x in values for x in node.all_input_nodes):
@@ -137,7 +137,7 @@ def fold_constants(module: GraphModule) -> None:
     for index, (node, value) in enumerate(values.items()):
         if node.op == 'get_attr' or not isinstance(value, Tensor) or all(user in values for user in node.users):
             continue
-        # A copy, since exporters look past a slice into the memory that it is of.
+        # A copy, since exporters ignore that a slice is only a part of its memory.
         value = value.detach().clone(memory_format=torch.contiguous_format)
         module.register_buffer(name := f'constant{index}', value)
         with graph.inserting_before(node):
@@ -147,4 +147,4 @@ def fold_constants(module: GraphModule) -> None:
     used = {node.target for node in graph.find_nodes(op='get_attr')}
     for name in {name for name, _ in (*module.named_parameters(), *module.named_buffers())} - used:
         owner, _, attribute = name.rpartition('.')
-        delattr(module.get_submodule(owner), attribute)  # would be saved
+        delattr(module.get_submodule(owner), attribute)  # would be saved otherwise

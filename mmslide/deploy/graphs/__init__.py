@@ -1,4 +1,4 @@
-"""What is exported, as a module from tensors to tensors: a backbone, alone or with its neck, or a whole model."""
+"""The exportable parts, as modules from tensors to tensors: a backbone, a backbone with neck, or a whole model."""
 
 from typing import Any
 
@@ -10,16 +10,16 @@ __all__ = ['EXACT', 'PARTS', 'Exportable', 'ExportableBackbone', 'ExportableFeat
 
 
 def part(model: Any, name: str, shape: tuple[int, int]) -> Exportable:
-    """What is exported of a fused model, for images of `shape` (height, width).
+    """The exportable part of a fused model, for images of `shape` (height, width).
 
     Args:
-        name: the 'backbone', its 'features', which are the backbone and the neck, or the whole 'model'.
+        name: 'backbone', 'features' (the backbone and the neck) or 'model' (the whole model).
 
     Raises:
         ValueError: the model has a part or a setting that cannot be exported.
     """
     if (channels := getattr(model.backbone, 'in_channels', 3)) != 3:
-        raise ValueError(f'only models of 3 channels can be exported, got in_channels={channels}')
+        raise ValueError(f'only models with 3 channels can be exported, got in_channels={channels}')
     if name == 'backbone':
         return ExportableBackbone(model.backbone)
     if name == 'features':
@@ -28,7 +28,7 @@ def part(model: Any, name: str, shape: tuple[int, int]) -> Exportable:
         from .segmentor import ExportableSegmentor
 
         return ExportableSegmentor(model)
-    if hasattr(model, 'with_head'):  # of mmpretrain alone
+    if hasattr(model, 'with_head'):  # only mmpretrain's
         from .classifier import ExportableClassifier
 
         return ExportableClassifier(model)

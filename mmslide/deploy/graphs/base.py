@@ -4,18 +4,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Tolerance of float32.
+# Tolerance for float32.
 EXACT = 1e-4
 
 
 class Exportable(nn.Module):
-    """A model as it is exported: the image (1, 3, H, W) to the outputs that are named.
+    """An exportable model: the image (1, 3, H, W) to the named outputs.
 
     Attributes:
         output_names: of the outputs, in order.
-        any_size: whether the graph can take every size.
-        has_operators: whether it has operators that PyTorch lacks, see `mmslide.deploy.graphs.operators`.
-        may_differ: share of the compared images whose results may differ in less than float32.
+        any_size: whether the graph can accept any size.
+        has_operators: whether it has operators that are not in PyTorch, see `mmslide.deploy.graphs.operators`.
+        may_differ: share of the compared images whose results may differ in precisions below float32.
     """
 
     output_names: Sequence[str] = ()
@@ -24,7 +24,7 @@ class Exportable(nn.Module):
     may_differ = 0.0
 
     def agreement(self, outputs: Sequence[Tensor], wanted: Sequence[Tensor], tolerance: float) -> tuple[bool, str]:
-        """Whether a runtime's outputs are PyTorch's, and how far they are apart, in words.
+        """Whether a runtime's outputs match PyTorch's, and a description of the difference.
 
         Args:
             tolerance: the largest max|Δ| / max|PyTorch's| of an output.
@@ -35,11 +35,11 @@ class Exportable(nn.Module):
             (value - reference).abs().max() / reference.abs().max().clamp(min=1e-12)
             for value, reference in self.compared(outputs, wanted)
         ]
-        error = float(torch.stack(errors).max())  # Python's max() passes over a NaN that is not the first
+        error = float(torch.stack(errors).max())  # Python's max() ignores a NaN that is not the first
         return error <= tolerance, f'differs from PyTorch by {error:.1e}'
 
     def malformed(self, outputs: Sequence[Tensor], wanted: Sequence[Tensor]) -> str:
-        """Why the outputs cannot be right, by shape or non-finite values; '' if they can."""
+        """Why the outputs cannot be correct (shapes or non-finite values); '' if they can."""
         shapes, expected = ([tuple(x.shape) for x in each] for each in (outputs, wanted))
         if shapes != expected:
             return f'shapes are {shapes}, of PyTorch {expected}'
@@ -51,7 +51,7 @@ class Exportable(nn.Module):
 
 
 class ExportableBackbone(Exportable):
-    """The image (1, 3, H, W) to one map (1, C, H', W') a stage."""
+    """The image (1, 3, H, W) to one map (1, C, H', W') per stage."""
 
     def __init__(self, backbone: Any) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class ExportableBackbone(Exportable):
 
 
 class ExportableFeatures(Exportable):
-    """The image (1, 3, H, W) to what the neck makes of the backbone's maps, such as the levels of an FPN.
+    """The image (1, 3, H, W) to the outputs of the neck, such as the levels of an FPN.
 
     Raises:
         ValueError: the model has no neck.

@@ -9,7 +9,7 @@ class ExportableClassifier(Exportable):
     """mmpretrain's ImageClassifier: the image (1, 3, H, W) to scores (1, classes), the softmax of the head.
 
     Raises:
-        ValueError: the classifier or its head predicts in a way of its own.
+        ValueError: the classifier or its head has custom prediction code.
     """
 
     output_names = ('scores',)
@@ -20,7 +20,9 @@ class ExportableClassifier(Exportable):
 
         super().__init__()
         if type(classifier) is not ImageClassifier:
-            raise ValueError(f'of classifiers only ImageClassifier can be exported, got {type(classifier).__name__}')
+            raise ValueError(
+                f'only classifiers of type ImageClassifier can be exported, got {type(classifier).__name__}'
+            )
         head = type(classifier.head)
         if (
             getattr(head, '_get_predictions', None) is not ClsHead._get_predictions

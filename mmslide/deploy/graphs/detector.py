@@ -1,8 +1,8 @@
-"""Whole detectors of mmdet, image to detections, as one graph of tensors with static shapes.
+"""Whole detectors of mmdet, from image to detections, as one graph of tensors with static shapes.
 
-mmdet's own predict cannot be traced, since the sizes in it depend on the data. Here lists of boxes have a fixed length,
-filled up with rows that are marked as not found; whatever mmdet filters is masked instead. NMS and RoIAlign, which
-PyTorch lacks, are operators of `mmslide.deploy.graphs.operators`.
+mmdet's own predict cannot be traced, since its sizes depend on the data. Here, lists of boxes have a fixed length and
+are padded with rows marked as not found; boxes that mmdet filters are masked instead. NMS and RoIAlign, which are not
+in PyTorch, are operators in `mmslide.deploy.graphs.operators`.
 """
 
 from collections.abc import Sequence
@@ -38,35 +38,35 @@ from .operators import nms, roi_align
 
 # boxes (K, 4), labels (K,), scores (K,) and, if the model has a mask head, masks (K, h, w).
 Detections = Sequence[Tensor]
-# What counts as found when detections are compared.
+# Minimum score of the detections that are compared.
 SCORE_THR = 0.3
 FAINTEST = 1e-6
 
 
 class ExportableDetector(Exportable):
-    """What mmdet's Mask R-CNN, Faster R-CNN, Cascade (Mask) R-CNN or RetinaNet predicts, with shapes known beforehand.
+    """The predictions of mmdet's Mask R-CNN, Faster R-CNN, Cascade (Mask) R-CNN or RetinaNet, with static shapes.
 
-    forward takes an image (1, 3, H, W), normalized and padded like the model's data_preprocessor does, and returns K
-    detections, the best first, where K is max_per_img of the model's test_cfg:
+    forward takes an image (1, 3, H, W), normalized and padded as by the model's data_preprocessor, and returns K
+    detections, highest score first, where K is max_per_img of the model's test_cfg:
 
-    - boxes (K, 4): x1, y1, x2, y2 in pixels of that image, clipped to its size with the padding;
+    - boxes (K, 4): x1, y1, x2, y2 in pixels of that image, clipped to its padded size;
     - labels (K,), int64;
-    - scores (K,): 0 in a row that holds no detection, since fewer than K were found;
-    - masks (K, h, w), of models with a mask head: probabilities inside the box, h = w = 28 as usually configured.
+    - scores (K,): 0 in rows without a detection, if fewer than K were found;
+    - masks (K, h, w), for models with a mask head: probabilities inside the box, usually h = w = 28.
 
     Args:
-        model: built by mmdet, in eval mode; it is used, not copied.
+        model: built by mmdet, in eval mode; it is used without copying.
         shape: (H, W), multiples of the data_preprocessor's pad_size_divisor.
 
     Raises:
-        ValueError: the model has a part or a setting that is not rewritten here, it is in training mode, or the shape
-            does not fit; in forward, the image is not (1, 3, H, W).
+        ValueError: the model has a part or a setting that is not supported, it is in training mode, or the shape is
+            invalid; in forward, the image is not (1, 3, H, W).
     """
 
     model: BaseDetector
     any_size = False
     has_operators = True
-    may_differ = 0.25  # which proposal wins is a matter of rounding
+    may_differ = 0.25  # rounding decides which proposals win
 
     def __init__(self, model: BaseDetector, shape: tuple[int, int]) -> None:
         super().__init__()
@@ -95,11 +95,11 @@ class ExportableDetector(Exportable):
         return boxes, labels, scores, roi_masks(self.model.roi_head, features, boxes, labels)
 
     def agreement(self, outputs: Detections, wanted: Detections, tolerance: float) -> tuple[bool, str]:
-        """Whether the two have found the same, see `unmatched`, and how many detections that is, in words.
+        """Whether both have found the same objects, see `unmatched`, and a description with the number of detections.
 
-        With a tolerance for less than float32, scores may differ by it (at least by 0.1) and IoUs be 0.75, and one
-        detection in five may be without partner. In an image without such detections the ten with the best scores
-        are compared, and one in five may be without partner too: in noise rounding decides between equals.
+        With a tolerance for precisions below float32, scores may differ by it (at least by 0.1), IoUs may be 0.75, and
+        one detection in five may have no match. In an image without such detections, the ten highest-scoring ones are
+        compared, and one in five may have no match: in noise, rounding decides between equal scores.
         """
         if problem := self.malformed(outputs, wanted):
             return False, problem
@@ -113,7 +113,7 @@ class ExportableDetector(Exportable):
         else:
             problems = unmatched(wanted, outputs, score_thr, min_iou=0.75, score_atol=max(0.1, tolerance))
         if len(problems) > (0 if tolerance <= EXACT and not faint else (count + found) // 5):
-            return False, '\n'.join([f'{what}, and beside PyTorch (first) it (second) differs:', *problems])
+            return False, '\n'.join([f'{what}, but PyTorch (first) and the exported model (second) differ:', *problems])
         if not count:
             return True, 'nothing found, as PyTorch, so there was nothing to compare'
         return True, f'{what}, {f"all but {len(problems)}" if problems else "the same"} as PyTorch'
@@ -148,7 +148,7 @@ def dense_detections(
     valid = (width > min_size) & (height > min_size)
     if not is_rpn:
         valid &= scores > cfg.get('score_thr', 0)
-    # Proposals suppress each other within their level, detections within their class.
+    # Proposals are suppressed within their level, detections within their class.
     max_num = min(cfg.max_per_img, len(boxes)) if is_rpn else cfg.max_per_img
     return suppress(boxes, labels, scores, valid, level_ids if is_rpn else labels, cfg.nms.iou_threshold, max_num)
 
@@ -160,7 +160,7 @@ def roi_detections(
     found: Tensor,
     shape: tuple[int, int],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Boxes (K, 4), labels (K,), scores (K,) from proposals (N, 4), of which those found (N,) count.
+    """Boxes (K, 4), labels (K,), scores (K,) from proposals (N, 4), of which those marked in found (N,) are valid.
 
     A StandardRoIHead is a CascadeRoIHead with one stage: `_refine_roi` and BBoxHead's `predict_by_feat` in mmdet.
     """
@@ -169,7 +169,7 @@ def roi_detections(
         logits, deltas = head(roi_features(extractor, features, rois))
         stage_logits.append(logits)
         boxes = decode(head.bbox_coder, rois, deltas, shape)  # (N, classes, 4), or (N, 1, 4) for all classes
-        # The next stage looks at the box of the class that this one prefers.
+        # The next stage uses the box of this stage's best class.
         rois = boxes[:, 0] if head.reg_class_agnostic else take_class(boxes, logits[:, :-1].argmax(1))
 
     cfg = roi_head.test_cfg
@@ -195,24 +195,24 @@ def roi_masks(
 
 
 def roi_features(extractor: SingleRoIExtractor, features: Sequence[Tensor], boxes: Tensor) -> Tensor:
-    """SingleRoIExtractor: (K, C, h, w), each of the boxes (K, 4) from the map that suits its size."""
+    """SingleRoIExtractor: (K, C, h, w), for each of the boxes (K, 4) from the map for its size."""
     features = features[: extractor.num_inputs]
     levels = extractor.map_roi_levels(F.pad(boxes, (1, 0)), len(features))
     out = features[0].new_zeros(())
     for level, (feature, layer) in enumerate(zip(features, extractor.roi_layers, strict=True)):
         here = levels == level
-        # Every map is asked for every box, but for the boxes of other maps no larger than a point: with
-        # sampling_ratio=0 that takes no sample, where a whole image at stride 4 would take thousands.
+        # Every map is used for every box, but boxes of other maps are shrunk to a point: with sampling_ratio=0 this
+        # takes no samples, where a whole image at stride 4 would take thousands.
         at = boxes.where(here[:, None], 0.0)
         out = torch.where(here[:, None, None, None], align(layer, feature, at), out)
     return out
 
 
 def align(layer: mmcv.ops.RoIAlign | mmcv.ops.SimpleRoIAlign, feature: Tensor, boxes: Tensor) -> Tensor:
-    """What the layer makes of a map (1, C, H, W) in boxes (K, 4) of the image: (K, C, h, w)."""
+    """The layer's result for a map (1, C, H, W) and boxes (K, 4) of the image: (K, C, h, w)."""
     if isinstance(layer, mmcv.ops.RoIAlign):
         return roi_align(feature, boxes, layer.output_size, layer.spatial_scale, layer.sampling_ratio)
-    # One sample a bin, by plain operations; the layer itself would first look which boxes are in which image.
+    # One sample per bin, with plain operations; the layer itself would first assign boxes to images.
     points = generate_grid(len(boxes), layer.output_size, device=boxes.device)
     points = rel_roi_point_to_rel_img_point(boxes, points, feature, layer.spatial_scale)
     samples = point_sample(feature, points[None], align_corners=not layer.aligned)  # (1, C, K, h * w)
@@ -220,13 +220,13 @@ def align(layer: mmcv.ops.RoIAlign | mmcv.ops.SimpleRoIAlign, feature: Tensor, b
 
 
 def decode(coder: DeltaXYWHBBoxCoder, boxes: Tensor, deltas: Tensor, shape: tuple[int, int]) -> Tensor:
-    """Boxes (N, 4) moved by deltas (N, classes * 4): (N, classes, 4), as the coder does it."""
+    """Boxes (N, 4) refined by deltas (N, classes * 4), as in the coder: (N, classes, 4)."""
     moved = delta2bbox(
         boxes, deltas, coder.means, coder.stds, add_ctr_clamp=coder.add_ctr_clamp, ctr_clamp=coder.ctr_clamp
     ).view(len(boxes), -1, 4)
     if not coder.clip_border:
         return moved
-    # mmdet clips in place, which would be a ScatterND in ONNX.
+    # mmdet clips in place, which would become a ScatterND in ONNX.
     height, width = shape
     return torch.stack([moved[..., 0::2].clamp(0, width), moved[..., 1::2].clamp(0, height)], -1).flatten(-2)
 
@@ -234,11 +234,11 @@ def decode(coder: DeltaXYWHBBoxCoder, boxes: Tensor, deltas: Tensor, shape: tupl
 def suppress(
     boxes: Tensor, labels: Tensor, scores: Tensor, valid: Tensor, groups: Tensor, iou_threshold: float, max_num: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """NMS within groups (N,) among those valid (N,): the best max_num boxes, labels, scores, and whether found.
+    """NMS within groups (N,) among the valid (N,): the top max_num boxes, labels, scores, and whether found.
 
-    Rows that hold nothing are zeros.
+    Empty rows are zeros.
     """
-    # Groups are moved apart as in mmcv's batched_nms, by the same distance: far out, it decides about rounding.
+    # Groups are offset as in mmcv's batched_nms, by the same distance: at large coordinates it affects rounding.
     step = boxes.where(valid[:, None], 0.0).max() + 1
     index = nms(boxes + (groups * step)[:, None], scores.where(valid, -1.0), iou_threshold, max_num)
     found = index >= 0
@@ -257,12 +257,12 @@ def take_class(x: Tensor, labels: Tensor) -> Tensor:
 
 
 def as_list(module: Any) -> list[Any]:
-    """The stages of a cascade; what is no list of stages is the only one."""
+    """The stages of a cascade; a single module is the only stage."""
     return list(module) if isinstance(module, nn.ModuleList) else [module]
 
 
 def check_supported(model: BaseDetector) -> None:
-    """Whether every part of the model is one that is rewritten here; a subclass may predict in another way.
+    """Checks that every part of the model is supported; subclasses may have custom prediction code.
 
     Raises:
         ValueError: naming the part or the setting, and what is supported.
@@ -327,30 +327,28 @@ def _require_type(name: str, part: Any, *types: type) -> None:
 
 def _require(name: str, value: Any, ok: bool, supported: str) -> None:
     if not ok:
-        raise ValueError(f'{name} cannot be exported: supported is {supported}, got {value}')
+        raise ValueError(f'{name} cannot be exported: it must be {supported}, got {value}')
 
 
 def unmatched(
     a: Detections, b: Detections, score_thr: float = SCORE_THR, min_iou: float = 0.95, score_atol: float = 1e-3
 ) -> list[str]:
-    """What one model finds and the other does not, both ways.
+    """The detections of either model that have no match in the other.
 
-    Each detection with a score of score_thr or more needs a partner of its own among the other's: the same label, an
-    IoU of min_iou or more, a score within score_atol, and an IoU of min_iou or more between the masks, cut at 0.5.
+    Each detection with a score of score_thr or more needs its own match among the other's: the same label, an IoU of
+    min_iou or more, a score within score_atol, and an IoU of min_iou or more between the masks, thresholded at 0.5.
 
     Args:
         a, b: boxes (K, 4), labels (K,), scores (K,) and, in both or in neither, masks (K, h, w).
 
     Returns:
-        A line for each detection without partner: none if the two agree.
+        A line for each detection without a match: none if the two agree.
 
     Raises:
         ValueError: only one of the two has masks.
     """
     if len(a) != len(b):
-        raise ValueError(
-            f'detections with masks cannot be compared with some without, got {len(a)} and {len(b)} tensors'
-        )
+        raise ValueError(f'detections with and without masks cannot be compared, got {len(a)} and {len(b)} tensors')
     limits = score_thr, min_iou, score_atol
     return [*_without_partner('first', a, b, *limits), *_without_partner('second', b, a, *limits)]
 
@@ -360,7 +358,7 @@ def _without_partner(
 ) -> list[str]:
     boxes, labels, scores = a[:3]
     overlap = bbox_overlaps(boxes, b[0])
-    # Boxes that were clipped to a line have no area.
+    # Boxes clipped to a line have no area.
     overlap = overlap.where((boxes[:, None] - b[0]).abs().amax(-1) > 1e-2, 1.0)
     agree = (overlap >= min_iou) & (labels[:, None] == b[1]) & ((scores[:, None] - b[2]).abs() <= score_atol)
     if len(a) > 3:

@@ -1,4 +1,4 @@
-"""The two operators that PyTorch lacks; in PyTorch they run mmcv's code, a target has its own for them."""
+"""The two operators that are not in PyTorch; in PyTorch they run mmcv's code, targets have their own."""
 
 from collections.abc import Sequence
 
@@ -13,7 +13,7 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, max_num: int) -> Te
     """Greedy NMS among the boxes (N, 4) whose scores (N,) are not negative.
 
     Returns:
-        (max_num,): indices of the boxes kept, the highest score first, and -1 where there are no more.
+        (max_num,): indices of the boxes kept, highest score first, padded with -1.
     """
     candidates = (scores >= 0).nonzero().squeeze(1)
     _, kept = mmcv.ops.nms(boxes[candidates], scores[candidates], iou_threshold)

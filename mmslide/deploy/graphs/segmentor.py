@@ -9,13 +9,13 @@ from .base import Exportable
 
 
 class ExportableSegmentor(Exportable):
-    """A segmentor as it is exported: the image (1, 3, H, W) to logits (1, classes, H, W) and labels (1, H, W) in int64.
+    """An exportable segmentor: the image (1, 3, H, W) to logits (1, classes, H, W) and labels (1, H, W) in int64.
 
-    Both are of the image's size, which the logits are resized to as `EncoderDecoder.predict` does for whole images.
+    Both have the size of the image; the logits are resized as in `EncoderDecoder.predict` for whole images.
 
     Raises:
-        ValueError: the segmentor or its head predicts in a way of its own, such as CascadeEncoderDecoder or
-            Mask2FormerHead; it tests in slices, or has one channel for two classes.
+        ValueError: the segmentor or its head has custom prediction code, such as CascadeEncoderDecoder or
+            Mask2FormerHead; it uses sliding-window inference, or has a single channel for two classes.
     """
 
     output_names = ('logits', 'labels')
@@ -26,7 +26,7 @@ class ExportableSegmentor(Exportable):
 
         super().__init__()
         if type(segmentor) is not EncoderDecoder:
-            raise ValueError(f'of segmentors only EncoderDecoder can be exported, got {type(segmentor).__name__}')
+            raise ValueError(f'only segmentors of type EncoderDecoder can be exported, got {type(segmentor).__name__}')
         head = type(segmentor.decode_head)
         if (head.predict, head.predict_by_feat) != (BaseDecodeHead.predict, BaseDecodeHead.predict_by_feat):
             raise ValueError(f"only decode heads with BaseDecodeHead's predict can be exported, got {head.__name__}")
@@ -45,14 +45,14 @@ class ExportableSegmentor(Exportable):
         return logits, logits.argmax(1)
 
     def compared(self, outputs: Sequence[Tensor], wanted: Sequence[Tensor]) -> Iterable[tuple[Tensor, Tensor]]:
-        """The logits, and for each pixel PyTorch's logits of both labels: of two classes that tie, either is right."""
+        """The logits, and for each pixel PyTorch's logits of both labels: if two classes tie, either is correct."""
         (logits, labels), (reference, expected) = outputs, wanted
         yield logits, reference
         yield reference.gather(1, labels[:, None]), reference.gather(1, expected[:, None])
 
 
 class AdaptiveAverage(nn.Module):
-    """nn.AdaptiveAvgPool2d by two averaging matrices made from the map's shape, so that it is right at every size."""
+    """nn.AdaptiveAvgPool2d as two averaging matrices computed from the map's shape, so it is correct at any size."""
 
     def __init__(self, output_size: Any) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class AdaptiveAverage(nn.Module):
 
 
 class Enlarge(nn.Module):
-    """mmseg's Upsample by a whole factor, which there makes a constant of the size."""
+    """mmseg's Upsample by an integer factor, which in mmseg makes the size a constant."""
 
     def __init__(self, factor: int, mode: str, align_corners: bool | None) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class Enlarge(nn.Module):
 
 
 def make_sizes_symbolic(model: nn.Module) -> None:
-    """Replaces, in place, what would be exported for the traced size alone."""
+    """Replaces, in place, modules that would be exported only for the traced size."""
     from mmseg.models.utils import Upsample
 
     for module in list(model.modules()):

@@ -1,6 +1,6 @@
-"""File formats that a model is exported to, one file each: how it is written, and how it is run.
+"""Export formats, one file each: how they are written and run.
 
-The package needs NumPy (and OpenCV for `images`) alone; each target imports its own packages when it is used.
+The package needs only NumPy (and OpenCV for `images`); each target imports its own packages when it is used.
 """
 
 from pathlib import Path
@@ -19,10 +19,10 @@ __all__ = ['TARGETS', 'Metadata', 'Runner', 'Target', 'Traced', 'find_target', '
 
 
 def find_target(path: str | Path) -> Target:
-    """By the suffix of a file.
+    """The target for the suffix of a file.
 
     Raises:
-        ValueError: there is none for it.
+        ValueError: there is none for this suffix.
     """
     suffix = Path(path).suffix
     if suffix not in TARGETS:

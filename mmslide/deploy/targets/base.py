@@ -1,6 +1,6 @@
-"""What the targets share.
+"""The common base of all targets.
 
-Nothing in this package imports PyTorch or mmslide at the top, so that exported files run on machines without them.
+Nothing in this package imports PyTorch or mmslide at module level, so exported files run on machines without them.
 """
 
 import json
@@ -23,7 +23,7 @@ class Runner:
 
     Args:
         run: an image (1, 3, H, W), float32, to the outputs by name.
-        metadata: what the file says of itself, see `mmslide.deploy.export.metadata`.
+        metadata: the metadata in the file, see `mmslide.deploy.export.metadata`.
     """
 
     run: Callable[[np.ndarray], dict[str, np.ndarray]]
@@ -32,13 +32,13 @@ class Runner:
 
 @dataclass(frozen=True)
 class Traced:
-    """What a target writes.
+    """The inputs for writing a file.
 
     Args:
         program: a torch.export.ExportedProgram, the image to the outputs.
-        metadata: goes into the file.
+        metadata: stored in the file.
         precision: one of the target's.
-        calibration: images (1, 3, H, W) that int8 takes its ranges from.
+        calibration: images (1, 3, H, W) that determine the ranges for int8.
     """
 
     program: Any
@@ -53,15 +53,16 @@ class Target:
     Attributes:
         suffix: of the file.
         runtime: its name.
-        install: what pip installs for it.
+        install: the requirement for pip.
         write_packages, run_packages: modules that must be installed.
-        int8_packages, int8_install: the same for what writing int8 takes besides.
-        precisions: what can be written, the default first, each with the largest relative error of an output.
-        runtime_precisions: others that the runtime may choose by itself, likewise.
-        any_size: whether a file can take every size.
+        int8_packages, int8_install: the same for the additional packages for writing int8.
+        precisions: precisions that can be written, the default first, each with the largest relative error of an
+            output.
+        runtime_precisions: others that the runtime may choose itself, likewise.
+        any_size: whether a file can accept any size.
         takes_detectors: whether NMS and RoIAlign exist there.
-        takes_pixels: whether the file normalizes the image itself. Its Runner takes a normalized one like the others,
-            and rounds it to pixels.
+        takes_pixels: whether the model in the file normalizes the image. Its Runner still takes a normalized image,
+            like the others, and rounds it to pixel values.
         is_folder: whether the file is a folder.
     """
 
@@ -80,7 +81,7 @@ class Target:
     is_folder: ClassVar[bool] = False
 
     def companions(self, path: Path) -> list[Path]:
-        """Files that `write` makes beside `path`."""
+        """Files that `write` creates in addition to `path`."""
         return []
 
     def write(self, traced: Traced, path: Path) -> None:
@@ -89,8 +90,8 @@ class Target:
     def load(self, path: Path, threads: int | None = None, precision: str | None = None) -> Runner:
         """
         Args:
-            threads: of the CPU; None leaves it to the runtime.
-            precision: one of `runtime_precisions`; None for what was written.
+            threads: CPU threads; None is the runtime's default.
+            precision: one of `runtime_precisions`; None for the one written.
 
         Raises:
             ImportError: the runtime is not installed.
@@ -104,12 +105,12 @@ class Target:
         return f'{", ".join(missing)} is not installed' if missing else None
 
     def available_precisions(self) -> Mapping[str, float]:
-        """Those of `runtime_precisions` that this machine has."""
+        """Those of `runtime_precisions` that this machine supports."""
         return self.runtime_precisions
 
 
 def parse_metadata(text: str, path: Path) -> Metadata:
-    """What a file says of itself, as JSON; {} for an empty text.
+    """Parses the metadata of a file from JSON; {} for an empty text.
 
     Raises:
         RuntimeError: it is damaged.
@@ -117,9 +118,9 @@ def parse_metadata(text: str, path: Path) -> Metadata:
     try:
         metadata = json.loads(text or '{}')
     except ValueError as error:
-        raise RuntimeError(f'the metadata of {path} are no JSON: {error}') from error
+        raise RuntimeError(f'the metadata of {path} is not JSON: {error}') from error
     if not isinstance(metadata, dict):
-        raise RuntimeError(f'the metadata of {path} are not a dict, but {type(metadata).__name__}')
+        raise RuntimeError(f'the metadata of {path} is not a dict, but {type(metadata).__name__}')
     return metadata
 
 
@@ -128,7 +129,7 @@ def missing_packages(names: Sequence[str]) -> list[str]:
 
 
 def require(target: Target, names: Sequence[str], install: str | None = None) -> None:
-    """Raises ImportError, which says what to install, if a package is missing."""
+    """Raises ImportError with the command to install it if a package is missing."""
     if missing := missing_packages(names):
         command = f'pip install {install or target.install}'
         raise ImportError(f'{target.suffix} needs {", ".join(missing)}, which is not installed: {command}')

@@ -1,6 +1,6 @@
 """Core ML packages (ML programs), for iOS 16 and macOS 13 or later.
 
-An app hands over an image: the model's mean and standard deviations are inside.
+An app passes an image: the mean and standard deviation are part of the model.
 """
 
 import json
@@ -14,7 +14,7 @@ from .base import Runner, Target, Traced, parse_metadata, require
 from .images import to_pixels
 
 KEY = 'mmslide'
-# Instead of -inf in masks, as in Apple's own transformers for the neural engine: in float16 infinities turn into NaN.
+# Instead of -inf in masks, as in Apple's own transformers for the Neural Engine: in float16, infinities become NaN.
 LOWEST = -1e4
 
 
@@ -56,7 +56,7 @@ class CoreMl(Target):
         from PIL import Image
 
         try:
-            # The GPU's compiler aborts the process on some graphs, so that the export would end without a word.
+            # The GPU compiler aborts the process on some graphs, so the export would end without a message.
             units = coremltools.ComputeUnit.CPU_AND_NE
             model = coremltools.models.MLModel(str(path), compute_units=units)
         except Exception as error:  # of many kinds
@@ -68,7 +68,7 @@ class CoreMl(Target):
             rgb = pixels if about['bgr_to_rgb'] else pixels[..., ::-1]
             try:
                 found = model.predict({'image': Image.fromarray(np.ascontiguousarray(rgb))})
-            except Exception as error:  # of many kinds, those of loading too
+            except Exception as error:  # of many kinds, including loading errors
                 raise RuntimeError(f'Core ML cannot run {path}: {str(error).splitlines()[0]}') from error
             return {name: _widened(found[name]) for name in about['outputs']}
 
@@ -79,7 +79,7 @@ class CoreMl(Target):
 
 
 def from_pixels(traced: Traced) -> Any:
-    """The program with the normalization before it, as the torch.export.ExportedProgram that coremltools takes."""
+    """The program preceded by the normalization, as a torch.export.ExportedProgram for coremltools."""
     import torch
 
     about, module = traced.metadata, traced.program.module()
@@ -95,20 +95,20 @@ def from_pixels(traced: Traced) -> Any:
 
     with torch.no_grad():
         exported = torch.export.export(FromPixels(), (torch.zeros(1, 3, *about['shape']),))
-        # By the default decompositions a linear layer would be five nodes, and attention guarded against rows that are
-        # masked whole.
+        # With the default decompositions, a linear layer would become five nodes, and attention would be guarded
+        # against fully masked rows.
         program = exported.run_decompositions({})
         for tensors in (program.state_dict, program.constants):
             for name, x in tensors.items():
                 if x.is_floating_point() and x.isinf().any():
                     tensors[name] = x.clamp(min=LOWEST)
     for node in list(program.graph.nodes):
-        if node.target is torch.ops.aten.alias.default:  # which coremltools does not know
+        if node.target is torch.ops.aten.alias.default:  # not supported by coremltools
             node.replace_all_uses_with(node.args[0])
             program.graph.erase_node(node)
     return program
 
 
 def _widened(output: np.ndarray) -> np.ndarray:
-    """In PyTorch's type, float32 or int64, instead of float16 or int32."""
+    """Converts float16 or int32 to PyTorch's types, float32 or int64."""
     return output.astype(np.float32 if output.dtype.kind == 'f' else np.int64)

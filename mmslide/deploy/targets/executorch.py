@@ -1,4 +1,4 @@
-"""ExecuTorch, for phones and other devices: XNNPACK computes what it can, ExecuTorch's own kernels the rest."""
+"""ExecuTorch, for phones and other devices: XNNPACK where possible, ExecuTorch's own kernels for the rest."""
 
 import json
 from collections.abc import Callable
@@ -38,7 +38,7 @@ class ExecuTorch(Target):
             if METHOD in program.method_names:
                 (text,) = program.load_method(METHOD).execute([])
                 metadata = parse_metadata(text, path)
-        except (RuntimeError, KeyError) as error:  # the second if there is no such method
+        except (RuntimeError, KeyError) as error:  # KeyError if there is no such method
             raise RuntimeError(f'executorch cannot load {path}: {str(error).splitlines()[0]}') from error
 
         def run(image: np.ndarray) -> dict[str, np.ndarray]:
@@ -49,12 +49,12 @@ class ExecuTorch(Target):
 
 
 def lower(traced: Traced) -> Any:
-    """An executorch.exir.EdgeProgramManager; what XNNPACK does not take is left in its graph."""
+    """An executorch.exir.EdgeProgramManager; operators that XNNPACK does not support stay in its graph."""
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import to_edge_transform_and_lower
 
     class Partitioner(XnnpackPartitioner):
-        """Leaves what has more dimensions than XNNPACK's tensors, which would fail when the file is loaded."""
+        """Excludes tensors with more dimensions than XNNPACK supports, which would fail when the file is loaded."""
 
         def get_matched_nodes_from_configs(self, program: Any) -> list[Any]:
             matches = super().get_matched_nodes_from_configs(program)
@@ -73,12 +73,12 @@ def fits_xnnpack(node: Any) -> bool:
 
 
 def for_xnnpack(program: Any) -> Any:
-    """The program in operators that XNNPACK takes, where PyTorch's own decompositions lead to others."""
+    """The program in operators that XNNPACK supports, where PyTorch's own decompositions produce others."""
     from executorch.exir.passes.constant_prop_pass import constant_prop_pass
 
     lowered = constant_prop_pass(program.run_decompositions(decompositions()))
     for node in lowered.graph.nodes:
-        # Where nodes come from is copied again and again, which takes much of the time of lowering.
+        # The provenance of nodes is copied repeatedly, which takes much of the time for lowering.
         node.meta = {key: value for key, value in node.meta.items() if key == 'val'}
     return lowered
 
@@ -90,7 +90,7 @@ def decompositions() -> dict[Any, Callable]:
     aten = torch.ops.aten
 
     def matmul(x: Tensor, y: Tensor) -> Tensor:
-        """PyTorch's expands a matrix to as many copies as x has pixels."""
+        """PyTorch's decomposition expands the matrix to as many copies as x has pixels."""
         if y.ndim == 1:
             return matmul(x, y[:, None]).squeeze(-1)
         if x.ndim == 2 < y.ndim:
@@ -112,11 +112,11 @@ def decompositions() -> dict[Any, Callable]:
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        """PyTorch's looks for rows without a finite number."""
+        """PyTorch's decomposition checks for rows without a finite number."""
         if is_causal or enable_gqa:
             raise ValueError(f'attention with {is_causal=}, {enable_gqa=} cannot be exported to {ExecuTorch.suffix}')
         if mask is not None and mask.dtype == torch.bool:
-            mask = torch.where(mask, 0.0, -1e30)  # not infinity, of which a row alone gives NaN
+            mask = torch.where(mask, 0.0, -1e30)  # not infinity: a row of infinities gives NaN
         logits = matmul(q * (q.shape[-1] ** -0.5 if scale is None else scale), k.mT)
         return matmul((logits if mask is None else logits + mask).softmax(-1), v)
 
@@ -135,7 +135,7 @@ def decompositions() -> dict[Any, Callable]:
         return x
 
     def pad(x: Tensor, pads: list[int], mode: str = 'constant', value: float | None = None) -> Tensor:
-        """Negative ones as slices."""
+        """Converts negative padding to slices."""
         if mode != 'constant':
             return aten._pad_enum.default(x, pads, ('reflect', 'replicate', 'circular').index(mode), value)
         for axis, (before, after) in enumerate(zip(pads[::2], pads[1::2], strict=True), 1):

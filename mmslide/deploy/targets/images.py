@@ -1,4 +1,4 @@
-"""From an image file to the input of an exported model."""
+"""Reads an image file and prepares the input of an exported model."""
 
 from pathlib import Path
 
@@ -11,15 +11,15 @@ MIN_SIDE = 32
 
 
 def read_image(file: str | Path) -> np.ndarray:
-    """(H, W, 3), BGR, uint8.
+    """Reads an image: (H, W, 3), BGR, uint8.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no image.
+        ValueError: it is not an image.
     """
     if not Path(file).is_file():
-        raise FileNotFoundError(f'there is no file {file}')
-    content = np.fromfile(file, np.uint8)  # cv2.imread takes no names outside the code page of Windows
+        raise FileNotFoundError(f'file {file} does not exist')
+    content = np.fromfile(file, np.uint8)  # cv2.imread does not support names outside the code page of Windows
     image = cv2.imdecode(content, cv2.IMREAD_COLOR) if len(content) else None
     if image is None:
         raise ValueError(f'{file} is not a readable image')
@@ -31,11 +31,13 @@ def prepare(
 ) -> tuple[np.ndarray, tuple[int, int]]:
     """The input for an image (H, W, 3), BGR: (1, 3, H', W'), float32, and the (height, width) that the image fills.
 
-    By `metadata['resize']` it is made as large as fits into the shape and padded below and right ('fit'), or brought to
-    `resize_ratio` times the shape, with its proportions ('crop') or without ('stretch'), and cropped in the middle.
+    Depending on `metadata['resize']`, it is resized to fit into the shape and padded at the bottom and right ('fit'),
+    or resized to `resize_ratio` times the shape, keeping the aspect ratio ('crop') or not ('stretch'), and
+    center-cropped.
 
     Args:
-        shape: None is the shape of the metadata; a dynamic file then takes an image that would be fitted as it is.
+        shape: None is the shape in the metadata; a dynamic file then accepts images that would be fitted without
+            resizing.
     """
     how = metadata['resize']
     if shape is None and not (metadata['dynamic'] and how == 'fit'):
@@ -55,7 +57,7 @@ def prepare(
 
 
 def normalize(pixels: np.ndarray, metadata: Metadata) -> np.ndarray:
-    """(H, W, 3), 0 to 255, in the model's order of channels, to its input (1, 3, H, W), float32."""
+    """(H, W, 3), 0 to 255, in the model's channel order, to its input (1, 3, H, W), float32."""
     image = (pixels - np.array(metadata['mean'])) / metadata['std']
     return image.transpose(2, 0, 1)[None].astype(np.float32)
 
@@ -67,7 +69,7 @@ def to_pixels(image: np.ndarray, metadata: Metadata) -> np.ndarray:
 
 
 def _cropped(image: np.ndarray, shape: tuple[int, int], ratio: float, keep_ratio: bool) -> np.ndarray:
-    """The middle of the image, after it has been scaled to `ratio` times `shape`, or to cover that."""
+    """The center of the image after scaling it to `ratio` times `shape`, or to cover that."""
     scales = [ratio * side / length for side, length in zip(shape, image.shape, strict=False)]
     if keep_ratio:
         scales = [max(scales)] * 2

@@ -1,4 +1,4 @@
-"""ONNX, by torch.onnx, for onnxruntime; standard operators without control flow."""
+"""ONNX, written with torch.onnx, for onnxruntime; standard operators without control flow."""
 
 import json
 from collections.abc import Callable
@@ -36,7 +36,7 @@ class Onnx(Target):
             options.intra_op_num_threads = threads
         try:
             session = onnxruntime.InferenceSession(path, options, providers=['CPUExecutionProvider'])
-        except Exception as error:  # onnxruntime's errors have no base of their own
+        except Exception as error:  # onnxruntime's errors have no common base class
             raise RuntimeError(f'onnxruntime cannot load {path}: {str(error).splitlines()[0]}') from error
         names = [output.name for output in session.get_outputs()]
         properties = session.get_modelmeta().custom_metadata_map
@@ -55,7 +55,7 @@ def to_onnx(traced: Traced) -> Any:
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    # The mathematical form of attention has the memory layout that is left after its decomposition.
+    # The math implementation of attention has the memory layout that remains after its decomposition.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         program = torch.onnx.export(
             traced.program,
@@ -71,10 +71,10 @@ def to_onnx(traced: Traced) -> Any:
 
 
 def layers(model: Any) -> list[str]:
-    """The nodes of a ModelProto that compute an nn.Linear or an nn.Conv2d, which int8 quantizes.
+    """The nodes of a ModelProto that compute an nn.Linear or nn.Conv2d, which are quantized to int8.
 
-    All that stands between layers stays in float32: norms, softmax and the products of attention, Slide Attention's
-    with its small kernels too.
+    Everything else stays in float32: norms, softmax and the products of attention, including Slide Attention's with its
+        small kernels.
     """
 
     def is_linear(node: Any) -> bool:
@@ -85,7 +85,7 @@ def layers(model: Any) -> list[str]:
 
 
 def quantize(model: Any, traced: Traced, path: Path) -> None:
-    """Writes a ModelProto, which is used up, with its layers in int8."""
+    """Writes a ModelProto, which is modified, with its layers in int8."""
     from onnxruntime import quantization
 
     class Images(quantization.CalibrationDataReader):
@@ -95,7 +95,7 @@ def quantize(model: Any, traced: Traced, path: Path) -> None:
         def get_next(self) -> Any:
             return next(self.feeds, None)
 
-    # Otherwise onnxruntime advises to infer shapes and to optimize first, which torch.onnx has done.
+    # Otherwise onnxruntime advises shape inference and optimization, which torch.onnx has already done.
     quantization.quant_utils.add_pre_process_metadata(model)
     quantization.quantize_static(
         model,
@@ -104,7 +104,7 @@ def quantize(model: Any, traced: Traced, path: Path) -> None:
         op_types_to_quantize=['Conv', 'Gemm', 'MatMul'],
         nodes_to_quantize=layers(model),
         per_channel=True,
-        reduce_range=True,  # weights of 7 bits: without VNNI the sum of two products of 8 bits saturates
+        reduce_range=True,  # 7-bit weights: without VNNI, the sum of two 8-bit products saturates
         activation_type=quantization.QuantType.QUInt8,
     )
 
@@ -114,7 +114,7 @@ def translations() -> dict[Callable, Callable]:
     import onnxscript
     import torch
 
-    op: Any = onnxscript.opset18  # its own types do not say that it takes numbers for tensors
+    op: Any = onnxscript.opset18  # its type hints do not allow numbers for tensors
 
     def nms(boxes: Any, scores: Any, iou_threshold: float, max_num: int) -> Any:
         selected = op.NonMaxSuppression(
@@ -122,11 +122,11 @@ def translations() -> dict[Callable, Callable]:
             op.Unsqueeze(scores, [0, 1]),
             op.Constant(value_ints=[max_num]),
             op.Constant(value_floats=[iou_threshold]),
-            op.Constant(value_floats=[-0.5]),  # between a candidate and none: runtimes differ at equality
+            op.Constant(value_floats=[-0.5]),  # between valid and invalid scores: runtimes differ at equality
         )  # (M, 3), M <= max_num: image, class, box
         found = op.Gather(selected, op.Constant(value_int=2), axis=1)
         padded = op.Concat(found, op.Constant(value_ints=[-1] * max_num), axis=0)
-        return op.Reshape(op.Slice(padded, [0], [max_num], [0]), [max_num])  # Slice alone leaves the length unknown
+        return op.Reshape(op.Slice(padded, [0], [max_num], [0]), [max_num])  # with Slice alone, the length is unknown
 
     def roi_align(feature: Any, boxes: Any, output_size: Any, spatial_scale: float, sampling_ratio: int) -> Any:
         height, width = output_size
@@ -145,6 +145,6 @@ def translations() -> dict[Callable, Callable]:
     operators = torch.ops.mmslide
     table: dict[Callable, Callable] = {}
     for name, function in (('nms', nms), ('roi_align', roi_align)):
-        if hasattr(operators, name):  # not before a detector is exported
+        if hasattr(operators, name):  # only once a detector is exported
             table[getattr(operators, name).default] = function
     return table

@@ -43,7 +43,7 @@ class OpenVino(Target):
         import openvino
 
         with path.open('rb') as file:
-            if file.read(5) != b'<?xml':  # its frontends for other formats would all try and complain
+            if file.read(5) != b'<?xml':  # otherwise, its frontends for all other formats would try and log errors
                 raise RuntimeError(f'openvino cannot load {path}: it is not an IR')
         core = openvino.Core()
         settings: dict[str, Any] = {'INFERENCE_PRECISION_HINT': precision or 'f32'}
@@ -69,12 +69,12 @@ class OpenVino(Target):
 
 
 def quantize(model: Any, layers: Sequence[str], traced: Traced) -> Any:
-    """A model with these of its operations in int8, and all others in float32."""
+    """The model with these operations in int8 and all others in float32."""
     import nncf
     from nncf.quantization.advanced_parameters import OverflowFix
 
-    nncf.set_log_level(logging.ERROR)  # it would name every operation that stays
-    # A Conv of ONNX with a bias is two operations here.
+    nncf.set_log_level(logging.ERROR)  # it would list every operation that is not quantized
+    # An ONNX Conv with a bias becomes two operations here.
     names = {name for layer in layers for name in (layer, f'{layer}/WithoutBiases')}
     others = {operation.get_friendly_name() for operation in model.get_ops()} - names
     return nncf.quantize(
@@ -82,12 +82,12 @@ def quantize(model: Any, layers: Sequence[str], traced: Traced) -> Any:
         nncf.Dataset(traced.calibration),
         subset_size=len(traced.calibration),
         model_type=nncf.ModelType.TRANSFORMER,
-        # Weights of 7 bits, as in ONNX: without VNNI the sum of two products of 8 bits saturates.
+        # 7-bit weights, as in ONNX: without VNNI, the sum of two 8-bit products saturates.
         advanced_parameters=nncf.AdvancedQuantizationParameters(overflow_fix=OverflowFix.ENABLE),
         ignored_scope=nncf.IgnoredScope(sorted(others), validate=False),
     )
 
 
 def _copy(output: Any) -> Any:
-    """OpenVINO's arrays are views of memory that the next run overwrites."""
+    """A copy, since OpenVINO's arrays are views of memory that the next run overwrites."""
     return output.copy()

@@ -1,4 +1,4 @@
-"""torch.export's own archive: plain PyTorch operators, which PyTorch loads without mmslide (but detectors)."""
+"""torch.export archives: plain PyTorch operators, which PyTorch loads without mmslide (except detectors)."""
 
 import json
 from importlib import import_module
@@ -10,7 +10,7 @@ import numpy as np
 from .base import Runner, Target, Traced, parse_metadata, require
 
 FILE = 'mmslide.json'
-# Where a detector's two operators are.
+# The module of a detector's two operators.
 OPERATORS = 'mmslide.deploy.graphs.operators'
 
 
@@ -38,7 +38,8 @@ class TorchExport(Target):
         try:
             if _has_operators(path):
                 import_module(OPERATORS)
-            # Its guards ask for twice the least side, for which it was traced; the graph is right from that side on.
+            # Its guards require twice the minimum side, for which it was traced; the graph is correct from the minimum
+            # on.
             module = torch.export.load(path, extra_files=files).module(check_guards=False)
         except Exception as error:  # of many kinds
             raise RuntimeError(f'torch.export cannot load {path}: {str(error).splitlines()[0]}') from error
@@ -55,6 +56,6 @@ class TorchExport(Target):
 
 
 def _has_operators(path: Path) -> bool:
-    """Whether the graph calls operators of mmslide's, which have to be registered before it is loaded."""
+    """Whether the graph calls mmslide's operators, which have to be registered before it is loaded."""
     with ZipFile(path) as archive:
         return any(b'torch.ops.mmslide.' in archive.read(x) for x in archive.namelist() if x.endswith('model.json'))
