@@ -43,8 +43,9 @@ def predict(
 
     - `predictions.json`: for each detection `image_id`, `category_id`, `bbox` (x, y, width, height in pixels), `score`
       and, with masks, `segmentation` (RLE), in COCO's results format; for a classifier, the top five classes of each
-    image. - `images.json`: the images (`id`, `file_name`, `height`, `width`, in a video `frame`) and the categories
-    (`id`, the label, and `name`) in COCO's format, so that `COCO('images.json').loadRes('predictions.json')` works.
+      image.
+    - `images.json`: the images (`id`, `file_name`, `height`, `width`, in a video `frame`) and the categories (`id`, the
+      label, and `name`) in COCO's format, so that `COCO('images.json').loadRes('predictions.json')` works.
     - `labels/`: for a segmentor, a PNG file for each image, whose pixels are labels.
     - `drawn/`: the images and videos with the predictions.
 

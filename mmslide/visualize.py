@@ -204,8 +204,7 @@ def attended_slots(
 
 
 def slot_offsets(weight: Tensor) -> Tensor:
-    """The position that each slot of kernels (d, k², k, k) reads: (k², 2), x and y from the pixel, in pixels of the
-    map.
+    """The position that each slot of kernels (d, k², k, k) reads: (k², 2), x and y from the pixel, in map pixels.
 
     It is the mean position of the taps, weighted by the absolute values of the kernels, over all channels; for kernels
     that interpolate between pixels, it is exactly the interpolated position. NaN for a slot that reads nothing.
@@ -361,8 +360,7 @@ def find_targets(
 
 
 def class_activation(feature: Tensor, gradient: Tensor) -> Tensor:
-    """HiResCAM (arXiv 2011.08891, section 3): max(0, Σ_c gradient · map), (H, W), from a map (H, W, C) and its
-    gradient.
+    """HiResCAM (arXiv 2011.08891, section 3): max(0, Σ_c gradient · map), (H, W), of a map (H, W, C) and its gradient.
 
     Grad-CAM averages the gradient over the map first. Before global pooling, the two are the same; for a detection,
     Grad-CAM highlights everything similar, HiResCAM only what led to this detection.

@@ -213,13 +213,13 @@ def test_flops_are_those_of_the_merged_convolutions(attention, args):
 
 def test_second_backward_is_refused(backend, attention, args):
     (grad,) = torch.autograd.grad(attention(*args).sum(), args[:1], create_graph=True)
-    with pytest.raises(ValueError, match=rf"'{backend}' can be differentiated once only; take 'conv'"):
+    with pytest.raises(ValueError, match=rf"'{backend}' can be differentiated only once; use 'conv'"):
         grad.sum().backward()
 
 
 def test_forward_mode_derivatives_are_refused(backend, attention, args):
     q, *others = (x.detach() for x in args)
-    with pytest.raises(ValueError, match=f"'{backend}' has no forward-mode derivatives; take 'conv'"):
+    with pytest.raises(ValueError, match=f"'{backend}' has no forward-mode derivatives; use 'conv'"):
         torch.func.jvp(lambda q: attention(q, *others), (q,), (q,))
 
 
@@ -242,7 +242,7 @@ def test_the_default_has_forward_mode_derivatives():
             (8, 3),
             torch.float64,
             'cpu',
-            'takes float32, bfloat16 or float16 maps .*, got torch.float64 and torch.float64',
+            'supports float32, bfloat16 or float16 maps .*, got torch.float64 and torch.float64',
         ),
         ((8, 3), torch.float32, 'meta', 'needs CPU tensors, got meta'),
     ],
@@ -252,7 +252,7 @@ def test_what_native_cannot_do_is_refused_by_hand_and_left_to_others(shape, dtyp
     args[:3] = (x.to(dtype) for x in args[:3])
     if dtype == torch.float64:
         args[3:] = (x.to(dtype) for x in args[3:])
-    with pytest.raises(ValueError, match=rf"backend 'native' {message}; take 'tapwise'"):
+    with pytest.raises(ValueError, match=rf"backend 'native' {message}; use 'tapwise'"):
         slide_attention(*args, backend='native')
     assert slide_attention(*args).shape == args[0].shape
 
@@ -260,7 +260,7 @@ def test_what_native_cannot_do_is_refused_by_hand_and_left_to_others(shape, dtyp
 @pytest.mark.parametrize(
     ('change', 'message'),
     [
-        (dict(target='pathlib.Path.is_file', return_value=False), 'was not compiled: get a C'),
+        (dict(target='pathlib.Path.is_file', return_value=False), 'was not compiled: install a C'),
         (dict(target='ctypes.CDLL', side_effect=OSError('no libgomp')), r'cannot be loaded \(no libgomp\)'),
         (dict(target='mmslide.ops.native.VERSION', new=0), 'was compiled from another version of mmslide'),
         (dict(target='torch.backends.cpu.get_cpu_capability', return_value='DEFAULT'), 'needs a processor with AVX2'),
@@ -274,7 +274,7 @@ def test_without_its_kernels_native_gives_way_to_tapwise(monkeypatch, change, me
     args = arguments(1, 2, 3, 1, 8, 3)
     with pytest.raises(ValueError, match=message):
         slide_attention(*args, backend='native')
-    with pytest.warns(UserWarning, match=f"{message}.*; 'tapwise' stands in and is slower"):
+    with pytest.warns(UserWarning, match=f"{message}.*; falling back to 'tapwise', which is slower"):
         assert choose_backend(args[0], args[3]) == 'tapwise'
     if MODERN:
         torch.compile(choose_backend, backend='aot_eager', fullgraph=True)(args[0], args[3])

@@ -253,7 +253,7 @@ def test_it_can_be_differentiated_once_only():
     args = arguments(1, 7, 8, 1, 4, 7)
     out = neighborhood_attention(*args)
     (grad,) = torch.autograd.grad(out.square().sum(), args[:1], create_graph=True)
-    with pytest.raises(ValueError, match='can be differentiated once only'):
+    with pytest.raises(ValueError, match='can be differentiated only once'):
         grad.sum().backward()
 
 

@@ -1,4 +1,4 @@
-"""All implementations of Slide Attention, what each can do, and which one is taken by default."""
+"""All implementations of Slide Attention, what each supports, and the default."""
 
 import os
 import warnings
@@ -23,12 +23,12 @@ from .unrolled import unrolled
 
 @dataclass(frozen=True)
 class Backend:
-    """One implementation.
+    """An implementation.
 
     Args:
         run: takes q, k, v, weight, bias, rpb, scale and dropout_mask.
-        refusal: why it cannot take q and weight, or None.
-        widens: takes q, k and v in their own dtype, and widens them bit by bit.
+        refusal: why it does not support q and weight, or None.
+        widens: whether it takes q, k and v in their own dtype, and upcasts them part by part.
     """
 
     run: Callable[..., Tensor]
@@ -37,23 +37,23 @@ class Backend:
 
 
 def triton_refusal(q: Tensor, weight: Tensor) -> str | None:
-    """Why the backend 'triton' cannot take these arguments, or None."""
+    """Why the backend 'triton' does not support these arguments, or None."""
     head_dims, kernel_size = q.shape[-1], weight.shape[-1]
     if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f'takes q, k and v in float32, float16 or bfloat16, got {q.dtype}'
+        return f'supports q, k and v in float32, float16 or bfloat16, got {q.dtype}'
     if weight.dtype != torch.float32:
-        return f'takes weight, bias and rpb in float32, got {weight.dtype}'
+        return f'supports weight, bias and rpb in float32, got {weight.dtype}'
     if head_dims > 128:
-        return f'takes head sizes up to 128, got {head_dims}'
+        return f'supports head sizes up to 128, got {head_dims}'
     if kernel_size > 7:
-        return f'takes kernels up to 7×7, got {kernel_size}×{kernel_size}'
+        return f'supports kernels up to 7×7, got {kernel_size}×{kernel_size}'
     return _device_refusal(q.device)
 
 
 def _device_refusal(device: torch.device) -> str | None:
     interpreted = device.type == 'cpu' and os.environ.get('TRITON_INTERPRET') == '1'
     if device.type != 'cuda' and not interpreted:
-        return f'needs CUDA tensors (or TRITON_INTERPRET=1 for slow trials on a CPU), got {device.type}'
+        return f'needs CUDA tensors (or TRITON_INTERPRET=1 for slow tests on a CPU), got {device.type}'
     if find_spec('triton') is None:
         return 'needs the package triton, which is not installed'
     if int(version('triton').split('.')[0]) < 3:
@@ -76,27 +76,27 @@ BACKENDS = {
 }
 
 
-# Read once, since torch.compile does not follow the environment.
+# Read once, since torch.compile does not track environment variables.
 WANTED = os.environ.get('MMSLIDE_BACKEND')
 
 
 def check_backend(name: str, value: str | None) -> None:
-    """Raises ValueError, which names the argument, if there is no such backend."""
+    """Raises ValueError with the name of the argument if there is no such backend."""
     if value is not None and value not in BACKENDS:
         raise ValueError(f'{name} must be one of {sorted(BACKENDS)} or None, got {name}={value!r}')
 
 
 def choose_backend(q: Tensor, weight: Tensor) -> str:
-    """What `backend=None` takes, the first that applies:
+    """The backend for `backend=None`; the first rule that applies:
 
     - 'conv' on the meta device and for forward-mode derivatives,
     - the environment variable MMSLIDE_BACKEND, as it was at import,
-    - on a CPU 'native' where it can, else 'tapwise',
-    - on CUDA 'gpu' where it can, else 'tapwise',
-    - on other devices 'unrolled', plain operations.
+    - on a CPU, 'native' if it supports the arguments, else 'tapwise',
+    - on CUDA, 'gpu' if it supports the arguments, else 'tapwise',
+    - on other devices, 'unrolled', which uses plain operations.
 
     Raises:
-        ValueError: there is no backend of the name in MMSLIDE_BACKEND.
+        ValueError: MMSLIDE_BACKEND is not a backend.
     """
     if q.is_meta or forward_ad._current_level >= 0:
         return 'conv'
@@ -109,5 +109,5 @@ def choose_backend(q: Tensor, weight: Tensor) -> str:
         return 'tapwise' if triton_refusal(q, weight) else 'gpu'
     reason = native.refusal(q, weight)
     if reason and reason == native.why_none and not is_compiling():
-        warnings.warn(f"backend 'native' {reason}; 'tapwise' stands in and is slower", stacklevel=3)
+        warnings.warn(f"backend 'native' {reason}; falling back to 'tapwise', which is slower", stacklevel=3)
     return 'tapwise' if reason else 'native'

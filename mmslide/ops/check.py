@@ -1,4 +1,4 @@
-"""Checks the GPU kernels on the device that they are about to run on, before they are trusted."""
+"""Checks the GPU kernels on the device that they run on, before their first use."""
 
 import threading
 import warnings
@@ -10,9 +10,9 @@ from torch import Tensor
 
 from .reference import reference
 
-# Largest relative error of the output and of each gradient; a kernel that is wrong is off by far more.
+# Largest relative error of the output and of each gradient; a wrong kernel has much larger errors.
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-# Of the small problem: more than a tile, and no multiple of one.
+# Size of the small problem: larger than a tile, and not a multiple of it.
 MAP = 5, 9
 NAMES = ('output', *(f'gradient of {name}' for name in ('q', 'k', 'v', 'weight', 'bias', 'rpb')))
 
@@ -21,10 +21,11 @@ _lock = threading.Lock()
 
 
 def trusted(q: Tensor, weight: Tensor) -> bool:
-    """Whether the kernels of `triton_kernels` are right for this device, dtype, head size and kernel size.
+    """Whether the kernels in `triton_kernels` are correct for this device, dtype, head size and kernel size.
 
-    The first call computes a small problem with them; its verdict is kept for the process. If they fail, a warning says
-    how. While a CUDA graph is captured nothing is computed, and what has not been checked is not trusted.
+    The first call computes a small problem with them; the result is cached for the process. If the check fails, a
+    warning with the reason is issued. While a CUDA graph is captured, nothing is computed, and unchecked kernels are
+    not used.
     """
     key = q.device, q.dtype, q.shape[-1], weight.shape[-1]
     if key in _verdicts:
@@ -34,7 +35,7 @@ def trusted(q: Tensor, weight: Tensor) -> bool:
     with _lock:
         if key not in _verdicts:
             problem: list[str] = []
-            # In a thread of its own, without this one's autograd state, modes and streams.
+            # In a separate thread, without the autograd state, modes and streams of this one.
             thread = threading.Thread(target=lambda: problem.append(_problem(*key)))
             thread.start()
             thread.join()
@@ -44,23 +45,23 @@ def trusted(q: Tensor, weight: Tensor) -> bool:
                 name = torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type
                 warnings.warn(
                     f"the kernels of backend 'triton' fail on {name} for {dtype}, head size {head_dims} and k = "
-                    f"{kernel_size} ({problem[0]}); 'tapwise' stands in and is slower",
+                    f"{kernel_size} ({problem[0]}); falling back to 'tapwise', which is slower",
                     stacklevel=2,
                 )
     return _verdicts[key]
 
 
 def _problem(device: torch.device, dtype: torch.dtype, head_dims: int, kernel_size: int) -> str:
-    """What the kernels get wrong; '' if nothing."""
+    """The problem with the kernels; '' if none."""
     try:
         error, name = max(_errors(device, dtype, head_dims, kernel_size))
-    except Exception as raised:  # of a compiler or driver: of any kind
+    except Exception as raised:  # of any kind, from a compiler or driver
         return f'{type(raised).__name__}: {str(raised).strip().splitlines()[0] if str(raised).strip() else "no text"}'
     return '' if error <= TOLERANCES[dtype] else f'largest error: {error:.1e}, in the {name}'
 
 
 def _errors(device: torch.device, dtype: torch.dtype, head_dims: int, kernel_size: int) -> list[tuple[float, str]]:
-    """The relative error of each result against the reference in float64 on the CPU, for random parameters."""
+    """The relative error of each result compared with the reference in float64 on the CPU, for random parameters."""
     kernels: Any = import_module(f'{__package__}.triton_kernels')
 
     generator = torch.Generator().manual_seed(0)
@@ -81,5 +82,5 @@ def _errors(device: torch.device, dtype: torch.dtype, head_dims: int, kernel_siz
         out = reference(*doubles, scale)  # type: ignore[arg-type, call-arg]
         wanted = [out, *torch.autograd.grad(out, doubles, maps[3].double())]
     errors = [(x.cpu().double() - y).abs().max() / y.abs().max() for x, y in zip(found, wanted, strict=True)]
-    # NaN is the worst of all.
+    # NaN is worse than any error.
     return [(float(x.nan_to_num(nan=torch.inf)), name) for x, name in zip(errors, NAMES, strict=True)]

@@ -1,4 +1,4 @@
-"""Slide Attention with the merged kernels as one depthwise convolution: no loop in Python."""
+"""Slide Attention with the merged kernels as one depthwise convolution, without a loop in Python."""
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,10 +14,10 @@ def conv(
     scale: float,
     dropout_mask: Tensor | None = None,
 ) -> Tensor:
-    """See `mmslide.ops.slide_attention` for shapes. Stores K and V k² times over."""
+    """See `mmslide.ops.slide_attention` for shapes. Stores K and V k² times."""
     keys = depthwise(k, weight, bias) + rpb.view(-1, 1, rpb.shape[-1], 1, 1)  # (B, heads, d, k², H, W)
     values = depthwise(v, weight, bias)
-    # One (1, d) by (d, k²) product for each pixel and head.
+    # One (1, d) by (d, k²) product per pixel and head.
     attention = (scale * q.unsqueeze(-2) @ keys.permute(0, 4, 5, 1, 2, 3)).softmax(dim=-1)  # (B, H, W, heads, 1, k²)
     if dropout_mask is not None:
         attention = attention * dropout_mask.unsqueeze(-2)
@@ -25,7 +25,7 @@ def conv(
 
 
 def depthwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """(B, H, W, heads, d) to (B, heads, d, k², H, W); heads share the kernels, so they join the batch."""
+    """(B, H, W, heads, d) to (B, heads, d, k², H, W); heads share the kernels, so they are folded into the batch."""
     batch, height, width, heads, head_dims = x.shape
     kernel_size = weight.shape[-1]
     maps = x.permute(0, 3, 4, 1, 2).reshape(batch * heads, head_dims, height, width)

@@ -1,5 +1,5 @@
-"""One PyTorch operator in front of every backend that is not plain tensor operations, so that torch.compile, autocast,
-activation checkpointing, DDP and the FLOP counter know them. Only q, k, v and the parameters are kept for backward.
+"""One PyTorch operator that wraps all backends not made of plain tensor operations, so that torch.compile, autocast,
+activation checkpointing, DDP and the FLOP counter support them. Only q, k, v and the parameters are kept for backward.
 """
 
 import math
@@ -14,14 +14,14 @@ from mmslide.compat import register_custom_op, register_flop_formula
 from .autocast import without_autocast
 from .check import trusted
 
-# The module of each backend, with a `forward` and a `backward`. They take q, k and v as they are and widen them bit by
-# bit.
+# The module of each backend, with a `forward` and a `backward`. They take q, k and v in their own dtype and upcast them
+# part by part.
 KERNELS = {'native': 'native', 'tapwise': 'tapwise', 'triton': 'triton_kernels'}
 
 
 def _kernels(backend: str, q: Tensor, weight: Tensor) -> Any:
-    """Imported at the first use. 'gpu' is 'triton' where that has proved right, which is asked here, so that eager,
-    compiled and distributed code get the same answer.
+    """Imports the module on first use. 'gpu' is 'triton' if it passes its check, which is done here, so that eager,
+    compiled and distributed code use the same backend.
     """
     if backend == 'gpu':
         backend = 'triton' if trusted(q, weight) else 'tapwise'
@@ -40,7 +40,7 @@ def custom_op(
     dropout_mask: Tensor | None,
     backend: str,
 ) -> Tensor:
-    """See `mmslide.ops.slide_attention` for shapes; the arguments are not checked again here."""
+    """See `mmslide.ops.slide_attention` for shapes; arguments are not checked again."""
     return _kernels(backend, q, weight).forward(q, k, v, weight, bias, rpb, scale, dropout_mask)
 
 
@@ -98,7 +98,7 @@ def _save_backend(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _refuse_second_backward(ctx: Any, *grads: Tensor) -> None:
-    raise ValueError(f"backend '{ctx.backend}' can be differentiated once only; take 'conv' for gradients of gradients")
+    raise ValueError(f"backend '{ctx.backend}' can be differentiated only once; use 'conv' for higher-order gradients")
 
 
 custom_op.register_autograd(_gradients, setup_context=_save)
@@ -109,12 +109,12 @@ _backward.register_autograd(_refuse_second_backward, setup_context=_save_backend
 def _flops(
     q_shape: torch.Size, k_shape: torch.Size, v_shape: torch.Size, weight_shape: torch.Size, *_: Any, **__: Any
 ) -> int:
-    """As the paper counts: the merged kernels on K and on V, then q · K and a · V, two operations a multiply-add."""
+    """As counted in the paper: the merged kernels on K and V, then q · K and a · V, two operations per multiply-add."""
     slots = weight_shape[1]
     return 2 * math.prod(q_shape) * 2 * (slots * slots + slots)
 
 
 @register_flop_formula(torch.ops.mmslide.slide_attention_backward)
 def _backward_flops(grad_out_shape: torch.Size, *shapes: Any, **kwargs: Any) -> int:
-    """Two products for each one of the forward pass, without what is recomputed."""
+    """Two products for each product in the forward pass, without recomputation."""
     return 2 * _flops(*shapes)

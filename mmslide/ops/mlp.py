@@ -9,10 +9,10 @@ from mmslide.compat import is_batched
 
 from .autocast import without_autocast
 
-# Of the hidden layer at a time: what the caches of two cores hold.
+# Of the hidden layer at a time: the size of two cores' caches.
 BLOCK_BYTES = 1 << 22
-# The largest hidden layer that is kept for backward. For a larger one the C library takes new memory every time, and a
-# page fault every 4 KiB takes longer than computing it again.
+# The largest hidden layer that is kept for backward. For larger ones, the C library allocates new memory every time,
+# and a page fault for every 4 KiB takes longer than recomputing them.
 KEPT_BYTES = 1 << 25
 
 
@@ -26,17 +26,17 @@ def mlp_in_blocks(
     bias2: Tensor,
     eps: float,
 ) -> Tensor:
-    """The MLP of a transformer block, linear(GELU(linear(layer_norm(x)))), on a CPU: (..., C) to the same.
+    """The MLP of a transformer block, linear(GELU(linear(layer_norm(x)))), on a CPU: (..., C) to the same shape.
 
-    Some pixels at a time, so that only a part of the hidden layer, 100 MB for a stage of a detector's image, of its
-    activation and of their gradients stands in memory, in the caches. A small hidden layer is kept for backward.
+    Computed in blocks of pixels, so only a part of the hidden layer (100 MB for a stage of a detector's image), of its
+    activation and of their gradients is in memory, and fits in the caches. A small hidden layer is kept for backward.
 
     Args:
         gamma, beta, eps: of the norm over C, which is computed in x's dtype.
         weight1, bias1: (hidden, C), (hidden); their dtype is that of both products and of the result.
         weight2, bias2: (C, hidden), (C).
     """
-    # Asked here, because inside the function it is always off.
+    # Checked here, since grad mode is always off inside the function.
     return _MLPInBlocks.apply(x, gamma, beta, weight1, bias1, weight2, bias2, eps, torch.is_grad_enabled())
 
 
@@ -84,10 +84,10 @@ class _MLPInBlocks(torch.autograd.Function):
 def _gradients(
     grad_out: Tensor, inputs: Sequence[Tensor], kept: Tensor, eps: float, needed: Sequence[bool]
 ) -> list[Tensor | None]:
-    """Of each input that needs it. `kept` is the hidden layer (pixels, hidden), or empty."""
+    """The gradients of the inputs that need one. `kept` is the hidden layer (pixels, hidden), or empty."""
     x, gamma, beta, weight1, bias1, weight2, _ = inputs
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
-    # Sums over the blocks, in float32 at least.
+    # Sums over the blocks, at least in float32.
     grads = [grad_x, *(y.new_zeros(y.shape, dtype=torch.promote_types(y.dtype, torch.float32)) for y in inputs[1:])]
     blocks = _Blocks(x, weight1, buffers=3)
     for part, source, grad, result in blocks.of(x, grad_out, grad_x):
@@ -126,10 +126,10 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 def _differentiable_gradients(
     grad_out: Tensor, inputs: Sequence[Tensor], eps: float, needed: Sequence[bool]
 ) -> list[Tensor | None]:
-    """The same through PyTorch's layers, for gradients of gradients and for vmap."""
+    """The same with PyTorch's layers, for higher-order gradients and vmap."""
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
-        own = [y.view_as(y) for y in inputs]  # an input may depend on another, which is no part of these gradients
+        own = [y.view_as(y) for y in inputs]  # inputs may depend on each other, which must not matter here
         x, gamma, beta, weight1, bias1, weight2, bias2 = own
         normed = F.layer_norm(x, gamma.shape, gamma, beta, eps).to(weight1.dtype)
         hidden = F.gelu(F.linear(normed, weight1, bias1))
@@ -140,7 +140,7 @@ def _differentiable_gradients(
 
 
 class _Blocks:
-    """Some pixels at a time, and memory that every block uses again for what is as large as its hidden layer."""
+    """Blocks of pixels, and buffers as large as their hidden layer that all blocks reuse."""
 
     def __init__(self, x: Tensor, weight1: Tensor, buffers: int) -> None:
         self.pixels = x.numel() // x.shape[-1]

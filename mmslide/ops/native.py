@@ -1,4 +1,4 @@
-"""Calls the kernels of native.cpp, which the installation compiles where it can."""
+"""Calls the kernels in native.cpp, which are compiled at installation if possible."""
 
 import ctypes
 import platform
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-VERSION = 4  # as in native.cpp, of what the functions take; goes up with every change
+VERSION = 4  # as in native.cpp, of the functions' interface; increased with every change
 LANES = 8  # as in native.cpp
 KERNEL_SIZES = (3, 5, 7)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of the maps, in the order of native.cpp
@@ -31,19 +31,19 @@ class _Call(ctypes.Structure):
 
 
 def _load() -> tuple[Any, str]:
-    """The compiled library, or None and why there is none."""
+    """The compiled library, or None and the reason."""
     if platform.machine() in ('x86_64', 'AMD64') and torch.backends.cpu.get_cpu_capability() == 'DEFAULT':
         return None, 'needs a processor with AVX2'
     file = Path(__file__).with_name('_native.so')
     if not file.is_file():
-        return None, 'was not compiled: get a C++ compiler with OpenMP and install mmslide again'
+        return None, 'was not compiled: install a C++ compiler with OpenMP and reinstall mmslide'
     try:
         found = ctypes.CDLL(str(file))
     except OSError as error:
-        return None, f'cannot be loaded ({error}): install mmslide again on this machine'
-    # A build that stayed in a checkout while its source went on.
+        return None, f'cannot be loaded ({error}): reinstall mmslide on this machine'
+    # An outdated build in a checkout.
     if found.slide_attention_version() != VERSION:
-        return None, 'was compiled from another version of mmslide: install it again'
+        return None, 'was compiled from another version of mmslide: reinstall it'
     return found, ''
 
 
@@ -51,12 +51,12 @@ library, why_none = _load()
 
 
 def refusal(q: Tensor, weight: Tensor) -> str | None:
-    """Why there are no kernels of Slide Attention for these arguments, or None."""
+    """Why the Slide Attention kernels do not support these arguments, or None."""
     return _refusal(q, weight.dtype, weight.shape[-1])
 
 
 def neighborhood_refusal(q: Tensor, rpb: Tensor) -> str | None:
-    """Why there are no kernels of neighborhood attention for these arguments, or None."""
+    """Why the neighborhood attention kernels do not support these arguments, or None."""
     return _refusal(q, rpb.dtype, (rpb.shape[-1] + 1) // 2)
 
 
@@ -64,11 +64,11 @@ def _refusal(q: Tensor, dtype: torch.dtype, kernel_size: int) -> str | None:
     if q.device.type != 'cpu':
         return f'needs CPU tensors, got {q.device.type}'
     if q.dtype not in DTYPES or dtype != torch.float32:
-        return f'takes float32, bfloat16 or float16 maps and float32 parameters, got {q.dtype} and {dtype}'
+        return f'supports float32, bfloat16 or float16 maps and float32 parameters, got {q.dtype} and {dtype}'
     if q.shape[-1] % LANES:
-        return f'takes head sizes that divide by {LANES}, got {q.shape[-1]}'
+        return f'supports head sizes divisible by {LANES}, got {q.shape[-1]}'
     if kernel_size not in KERNEL_SIZES:
-        return f'takes kernel sizes {KERNEL_SIZES}, got {kernel_size}'
+        return f'supports kernel sizes {KERNEL_SIZES}, got {kernel_size}'
     return why_none if library is None else None
 
 
@@ -152,7 +152,7 @@ def _empty(q: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def _new_gradients(q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Memory for those of q, k and v. The kernels add to the latter two, in float32."""
+    """Memory for the gradients of q, k and v. The kernels accumulate into the latter two, in float32."""
     return _empty(q), _empty(q, torch.float32).zero_(), _empty(q, torch.float32).zero_()
 
 
@@ -165,7 +165,7 @@ def _per_thread(x: Tensor) -> Tensor:
 
 
 def _pack(weight: Tensor, bias: Tensor) -> Tensor:
-    """(k² + 1, d / 8, k², 8): the kernels tap by tap, and the bias as one more tap; the channels of a vector last."""
+    """(k² + 1, d / 8, k², 8): the kernels tap by tap, and the bias as an additional tap; a vector's channels last."""
     taps = torch.cat([weight.flatten(2), bias[..., None]], dim=-1)
     return taps.unflatten(0, (-1, LANES)).permute(3, 0, 2, 1).contiguous()
 
@@ -178,12 +178,12 @@ def _run(
     scale: float,
     grads: tuple[Any, ...] = (),
 ) -> None:
-    """Calls a kernel. The maps may have any strides, but the channels of a head have to be next to each other.
+    """Calls a kernel. The maps may have any strides, but the channels of a head have to be contiguous.
 
     Args:
         maps: q, k, v and the output or its gradient.
         parameters: kernels, rpb and the dropout mask.
-        grads: of q, k and v, and if wanted of kernels and rpb, of each thread.
+        grads: of q, k and v, and if needed of kernels and rpb for each thread.
     """
     maps = tuple(x if x.stride(-1) == 1 else x.contiguous() for x in maps)
     numbers = [None if x is None else x.contiguous() for x in (*parameters, *grads[3:])]

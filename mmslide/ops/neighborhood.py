@@ -1,4 +1,4 @@
-"""Neighborhood attention: one PyTorch operator in front of its kernels. Only q, k, v and rpb are kept for backward."""
+"""Neighborhood attention: one PyTorch operator that wraps its kernels. Only q, k, v and rpb are kept for backward."""
 
 import math
 import warnings
@@ -19,22 +19,24 @@ def neighborhood_attention(
 ) -> Tensor:
     """Neighborhood attention with a relative position bias (CVPR 2023, arXiv 2204.07143, section 3.1).
 
-    On an axis of length n, query i attends to the k positions from min(max(i - ⌊k/2⌋, 0), n - k) on: at the border the
-    window is moved inside. A CPU takes compiled kernels where they are, except for float64; everything else is done in
-    tiles; in neither are windows gathered. Export and forward-mode differentiation get operations of PyTorch's alone.
+    On an axis of length n, query i attends to the k positions starting at min(max(i - ⌊k/2⌋, 0), n - k): at the border,
+    the window is shifted inside the map. On a CPU, compiled kernels are used if available, except for float64; all
+    other cases are computed in tiles. Neither gathers windows. Export and forward-mode differentiation use only PyTorch
+    operations.
 
     Args:
         q, k, v: (B, H, W, heads, d), one floating-point dtype, H and W at least k.
-        rpb: (heads, 2k - 1, 2k - 1), k odd: added to the logits, by the key's position minus the query's, plus k - 1.
+        rpb: (heads, 2k - 1, 2k - 1), k odd: added to the logits, indexed by key position minus query position plus k -
+            1.
         scale: multiplies q · k; None is d ** -0.5.
-        dropout_p: probability with which an attention weight is zeroed, as in `scaled_dot_product_attention`.
+        dropout_p: probability of zeroing an attention weight, as in `scaled_dot_product_attention`.
 
     Returns:
-        (B, H, W, heads, d), dtype of q. Bias and softmax are in float32 at least, and so are the products of the
-        compiled kernels; the tiles make them in q's dtype.
+        (B, H, W, heads, d), dtype of q. Bias and softmax are computed at least in float32, and so are the products in
+        the compiled kernels; the tiles compute products in q's dtype.
 
     Raises:
-        ValueError: shapes or dtypes do not fit together.
+        ValueError: shapes or dtypes are inconsistent.
     """
     _check(q, k, v, rpb, dropout_p)
     if scale is None:
@@ -44,7 +46,9 @@ def neighborhood_attention(
         return tiles.whole_map(q, k, v, rpb, scale, dropout_p)
     reason = native.neighborhood_refusal(q, rpb)
     if reason and reason == native.why_none and not is_compiling():
-        warnings.warn(f'the library of CPU kernels {reason}; plain PyTorch stands in and is slower', stacklevel=2)
+        warnings.warn(
+            f'the library of CPU kernels {reason}; falling back to plain PyTorch, which is slower', stacklevel=2
+        )
     dropout_mask = None
     if dropout_p > 0:
         keep = torch.rand(*q.shape[:-1], (rpb.shape[-1] + 1) ** 2 // 4, device=q.device) >= dropout_p
@@ -67,7 +71,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, rpb: Tensor, dropout_p: float) -> No
         )
     kernel_size = rpb.shape[-1] // 2 + 1
     if q.shape[1] < kernel_size or q.shape[2] < kernel_size:
-        raise ValueError(f'maps must be at least k = {kernel_size} pixels a side, got {tuple(q.shape[1:3])}')
+        raise ValueError(f'maps must have at least k = {kernel_size} pixels per side, got {tuple(q.shape[1:3])}')
     if not q.is_floating_point() or k.dtype != q.dtype or v.dtype != q.dtype or not rpb.is_floating_point():
         raise ValueError(
             'q, k and v must share one floating-point dtype, and rpb have one, got '
@@ -127,7 +131,7 @@ def _gradients(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _refuse_second_backward(ctx: Any, *grads: Tensor) -> None:
-    raise ValueError('neighborhood_attention can be differentiated once only')
+    raise ValueError('neighborhood_attention can be differentiated only once')
 
 
 custom_op.register_autograd(_gradients, setup_context=_save)
@@ -138,11 +142,11 @@ _backward.register_autograd(_refuse_second_backward)
 def _flops(
     q_shape: torch.Size, k_shape: torch.Size, v_shape: torch.Size, rpb_shape: torch.Size, *_: Any, **__: Any
 ) -> int:
-    """As the paper counts: q · k and a · v for k² slots, two operations a multiply-add."""
+    """As counted in the paper: q · k and a · v for k² slots, two operations per multiply-add."""
     return 2 * math.prod(q_shape) * 2 * (rpb_shape[-1] // 2 + 1) ** 2
 
 
 @register_flop_formula(torch.ops.mmslide.neighborhood_attention_backward)
 def _backward_flops(grad_out_shape: torch.Size, *shapes: Any, **kwargs: Any) -> int:
-    """Two products for each one of the forward pass, without what is recomputed."""
+    """Two products for each product in the forward pass, without recomputation."""
     return 2 * _flops(*shapes)

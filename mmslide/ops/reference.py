@@ -1,4 +1,4 @@
-"""Slide Attention and neighborhood attention as their papers write them; all else is tested against these."""
+"""Slide Attention and neighborhood attention as in the papers; all other implementations are tested against these."""
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ def reference(
     scale: float,
     dropout_mask: Tensor | None = None,
 ) -> Tensor:
-    """Slide Attention (CVPR 2023, arXiv 2304.04237, section 4). Any dtype, any device; stores K and V k² times over.
+    """Slide Attention (CVPR 2023, arXiv 2304.04237, section 4). Any dtype, any device; stores K and V k² times.
 
     See `mmslide.ops.slide_attention` for shapes.
     """
@@ -26,7 +26,7 @@ def reference(
 
 
 def attention_weights(q: Tensor, k: Tensor, weight: Tensor, bias: Tensor, rpb: Tensor, scale: float) -> Tensor:
-    """The share of each slot in each pixel's output: (B, H, W, heads, k²), with sum 1 over the slots.
+    """The attention weight of each slot for each pixel: (B, H, W, heads, k²), with sum 1 over the slots.
 
     Args:
         q, k, weight, bias, rpb, scale: see `mmslide.ops.slide_attention`.
@@ -49,7 +49,8 @@ def deformed_shift(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def neighborhood_reference(
     q: Tensor, k: Tensor, v: Tensor, rpb: Tensor, scale: float, dropout_mask: Tensor | None = None
 ) -> Tensor:
-    """Neighborhood attention (CVPR 2023, arXiv 2204.07143, section 3.1), all windows gathered: stores K and V k² times.
+    """Neighborhood attention (CVPR 2023, arXiv 2204.07143, section 3.1), with all windows gathered: stores K and V k²
+    times.
 
     See `mmslide.ops.neighborhood_attention` for shapes.
 
@@ -70,7 +71,7 @@ def neighborhood_reference(
 
 
 def window(side: int, kernel_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The positions of an axis, and those that each of them attends to: (side) and (side, k)."""
+    """The positions on an axis, and the positions that each attends to: (side) and (side, k)."""
     position = torch.arange(side, device=device)
     start = (position - kernel_size // 2).clamp(0, side - kernel_size)
     return position, start[:, None] + torch.arange(kernel_size, device=device)

@@ -18,7 +18,7 @@ def slide_attention(
     dropout_p: float = 0.0,
     backend: str | None = None,
 ) -> Tensor:
-    """Slide Attention (CVPR 2023, arXiv 2304.04237, section 4): each pixel attends to its k×k deformed neighbours.
+    """Slide Attention (CVPR 2023, arXiv 2304.04237, section 4): each pixel attends to its k×k deformed neighbors.
 
     K_j(p) = Σ_t weight[c, j, t] · k[c, p + t] + bias[c, j] for slot j, V_j likewise from v, and:
 
@@ -28,27 +28,26 @@ def slide_attention(
 
     Args:
         q, k, v: (B, H, W, heads, d), one floating-point dtype.
-        weight: (d, k², k, k), slot then tap, merged over the fixed shift and the learned path, shared by all heads and
-            by K and V; float32 (or float64) whatever q is, since a half-precision sum loses a small learned part.
+        weight: (d, k², k, k), slot then tap, the sum of the fixed shift and the learned path, shared by all heads and
+            by K and V; float32 (or float64) for any dtype of q, since a half-precision sum would lose a small learned
+            part.
         bias: (d, k²), dtype of weight.
         rpb: (heads, k²), added to K, dtype of weight.
         scale: multiplies the logits; None is d ** -0.5.
-        dropout_p: probability with which an attention weight is zeroed, as in `scaled_dot_product_attention`.
-        backend: 'native' (compiled CPU kernels for float32, bfloat16 and float16 with float32 arithmetic; no extra
-            memory but each thread's sums of the kernels' gradients, and in half precision float32 gradients of k and
-            v), 'tapwise' (extra memory of the inputs' size at most, forward and backward), 'triton' (GPU
-            kernels; in backward extra memory of 2·k² float32 numbers for each pixel and head, in forward none), 'gpu'
-            (these where a check on this very device finds them right, else 'tapwise'),
-            'unrolled' (plain operations: for tracing and export; in training it keeps many maps), 'conv' (one
-            convolution; stores K and V k² times), 'reference' (likewise; reads like the equation). None takes what
-            `choose_backend` says.
+        dropout_p: probability of zeroing an attention weight, as in `scaled_dot_product_attention`.
+        backend: 'native' (compiled CPU kernels for float32, bfloat16 and float16 with float32 arithmetic; extra memory
+            only for each thread's sums of the kernels' gradients and, in half precision, float32 gradients of k and v),
+            'tapwise' (extra memory at most the size of the inputs, forward and backward), 'triton' (GPU kernels; extra
+            memory of 2·k² float32 numbers per pixel and head in backward, none in forward), 'gpu' ('triton' if it
+            passes a check on the device, else 'tapwise'), 'unrolled' (plain operations, for tracing and export; stores
+            many maps in training), 'conv' (one convolution; stores K and V k² times), 'reference' (likewise; reads like
+            the equation). None selects one with `choose_backend`.
 
     Returns:
-        (B, H, W, heads, d), dtype of q. The arithmetic is done in the wider one of q's and weight's dtypes, under
-        autocast too.
+        (B, H, W, heads, d), dtype of q. Computed in the wider of q's and weight's dtypes, also under autocast.
 
     Raises:
-        ValueError: shapes or dtypes do not fit together, or the backend is unknown or cannot do it.
+        ValueError: shapes or dtypes are inconsistent, or the backend is unknown or does not support the arguments.
     """
     _check(q, k, v, weight, bias, rpb, dropout_p)
     check_backend('backend', backend)
@@ -56,13 +55,13 @@ def slide_attention(
         backend = choose_backend(q, weight)
     chosen = BACKENDS[backend]
     if reason := chosen.refusal(q, weight):
-        raise ValueError(f"backend '{backend}' {reason}; take 'tapwise', or None for the best that can do it")
+        raise ValueError(f"backend '{backend}' {reason}; use 'tapwise', or None for the best supported one")
     if chosen.widens and forward_ad._current_level >= 0:  # a custom operator would lose tangents silently
         raise ValueError(
-            f"backend '{backend}' has no forward-mode derivatives; take 'conv', or None for the best that has"
+            f"backend '{backend}' has no forward-mode derivatives; use 'conv', or None for the best one that has"
         )
     if not q.numel():
-        chosen = BACKENDS['reference']  # convolutions and kernels do not take empty maps
+        chosen = BACKENDS['reference']  # convolutions and kernels do not support empty maps
     if scale is None:
         scale = q.shape[-1] ** -0.5
 

@@ -1,12 +1,12 @@
-"""Slide Attention tap by tap: the sum over slots is moved inside the sum over taps, so no k² copies of K and V exist.
+"""Slide Attention tap by tap: the sum over slots is moved inside the sum over taps, which avoids k² copies of K and V.
 
 With W the merged kernels, b their biases and r the relative position bias, for each pixel p::
 
     logit_j = s · [ Σ_t Σ_c q_c · k_c(p + t) · W[c, j, t] + Σ_c q_c · (b[c, j] + r[h, j]) ]
     out_c   = Σ_t v_c(p + t) · Σ_j a_j · W[c, j, t] + Σ_j a_j · b[c, j]
 
-The maps are worked off in blocks that fit the cache: some rows of one image, or some whole images. Only q, k, v and the
-parameters are kept for backward, which recomputes the attention block by block.
+The maps are processed in blocks that fit in the cache: some rows of one image, or several whole images. Only q, k, v
+and the parameters are kept for backward, which recomputes the attention block by block.
 """
 
 from collections.abc import Iterator
@@ -14,8 +14,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# Bytes of one block's (pixels, heads, k², d) buffer. On a CPU what the caches of two cores hold; elsewhere enough
-# work for one kernel launch.
+# Bytes of one block's (pixels, heads, k², d) buffer. On a CPU, the size of two cores' caches; elsewhere, enough work
+# for one kernel launch.
 CPU_BLOCK_BYTES = 1 << 22
 DEVICE_BLOCK_BYTES = 1 << 26
 
@@ -30,7 +30,7 @@ def forward(
     scale: float,
     dropout_mask: Tensor | None,
 ) -> Tensor:
-    """See `mmslide.ops.slide_attention` for shapes. The arithmetic is done in weight's dtype."""
+    """See `mmslide.ops.slide_attention` for shapes. Computed in weight's dtype."""
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     taps = _Taps(q, weight)
     for block in taps.blocks():
@@ -56,7 +56,7 @@ def backward(
 ) -> tuple[Tensor, ...]:
     """The gradients of q, k and v, and with `parameters` those of weight, bias and rpb."""
     grad_q = torch.empty_like(q, memory_format=torch.contiguous_format)
-    # Neighbouring blocks add to the same rows, so these two are summed in full precision.
+    # Neighboring blocks add to the same rows, so these two are accumulated in full precision.
     grad_k, grad_v = (torch.zeros(q.shape, dtype=weight.dtype, device=q.device) for _ in range(2))
     grad_bias, grad_rpb = torch.zeros_like(bias), torch.zeros_like(rpb)
     taps = _Taps(q, weight)
@@ -110,24 +110,24 @@ Block = tuple[slice, slice]  # some images and some of their rows
 
 
 class _Taps:
-    """The steps that forward and backward share, for one map size.
+    """The steps shared by forward and backward, for one map size.
 
     Blocks of channels are (images, rows, W, heads, d), of taps (images, rows, W, heads, k, k, d), of slots (k², images,
-    rows, W, heads): a softmax over the last axis, with so few of them, is 20 times slower.
+    rows, W, heads): a softmax over such a short last axis would be 20 times slower.
     """
 
     def __init__(self, q: Tensor, weight: Tensor) -> None:
         self.batch, self.height, self.width, self.heads, self.head_dims = q.shape
         self.kernel_size = weight.shape[-1]
         self.pad = self.kernel_size // 2
-        # (slot, tap · channel): one matrix for all taps, whose transpose MKL multiplies 2.5 times faster than a copy.
+        # (slot, tap · channel): one matrix for all taps; MKL multiplies its transpose 2.5 times faster than a copy.
         self.by_slot = weight.permute(1, 2, 3, 0).reshape(weight.shape[1], -1)
         row_bytes = self.width * self.heads * self.by_slot.shape[1] * weight.element_size()
         budget = CPU_BLOCK_BYTES if q.device.type == 'cpu' else DEVICE_BLOCK_BYTES
         rows = max(1, budget // max(1, row_bytes))
         self.rows = min(self.height, rows)
         self.images = max(1, min(self.batch, rows // max(1, self.height)))
-        # Reused by every block, since new memory costs page faults.
+        # Reused by all blocks, since new memory causes page faults.
         self.buffers: list[Tensor] = []
         self.maps: list[Tensor] = []
         self.sums = self.by_slot.new_empty(self.images * self.rows * self.width * self.heads, self.head_dims)
@@ -141,7 +141,7 @@ class _Taps:
                 )
 
     def windows(self, x: Tensor, block: Block, number: int) -> Tensor:
-        """The k×k zero-padded neighbours of each pixel, an overlapping view: (images, rows, W, heads, k, k, d)."""
+        """The k×k zero-padded neighbors of each pixel, an overlapping view: (images, rows, W, heads, k, k, d)."""
         images, rows = block
         padded = self.padded(number, images.stop - images.start, rows.stop - rows.start)
         source, target = self.halo(rows)
@@ -155,7 +155,7 @@ class _Taps:
         )
 
     def halo(self, rows: slice) -> tuple[slice, slice]:
-        """The rows of the map that a block and its halo cover, and where they stand in what `padded` gives."""
+        """The rows of the map covered by a block and its halo, and their position in the result of `padded`."""
         first, last = max(0, rows.start - self.pad), min(self.height, rows.stop + self.pad)
         offset = first - (rows.start - self.pad)
         return slice(first, last), slice(offset, offset + last - first)
@@ -201,7 +201,7 @@ class _Taps:
         return logits.mul_(scale).softmax(0)
 
     def scatter(self, contributions: Tensor, grad: Tensor, block: Block) -> None:
-        """Adds what each pixel gives to its k×k neighbours, a block of taps, to grad (B, H, W, heads, d)."""
+        """Adds each pixel's contributions to its k×k neighbors, a block of taps, to grad (B, H, W, heads, d)."""
         images, rows = block
         count = rows.stop - rows.start
         padded = self.padded(2, images.stop - images.start, count).zero_()

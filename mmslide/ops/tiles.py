@@ -1,8 +1,8 @@
 """Neighborhood attention in tiles, in plain tensor operations, on any device.
 
-A square tile of queries shares the patch of keys that all their windows lie in, so a tile is one dense attention whose
-bias is -inf outside the windows. The bias is the same for all tiles that lie alike towards the border. Tiles are worked
-off some at a time; backward computes the attention weights again.
+The queries of a square tile share the patch of keys that covers all their windows, so a tile is one dense attention
+whose bias is -inf outside the windows. The bias is the same for all tiles in the same position relative to the border.
+Several tiles are processed at a time; backward recomputes the attention weights.
 """
 
 from collections.abc import Iterator
@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-TILE = 7  # queries a side: of smaller tiles patches overlap more, of larger ones more is masked
-# Bytes of the logits at a time. On a CPU what the caches of two cores hold; elsewhere enough work for a kernel launch.
+TILE = 7  # queries per side: with smaller tiles, patches overlap more; with larger ones, more is masked
+# Bytes of the logits at a time. On a CPU, the size of two cores' caches; elsewhere, enough work for a kernel launch.
 CPU_BLOCK_BYTES = 1 << 22
 DEVICE_BLOCK_BYTES = 1 << 26
 
@@ -71,15 +71,15 @@ def backward(
 
 
 def whole_map(q: Tensor, k: Tensor, v: Tensor, rpb: Tensor, scale: float, dropout_p: float) -> Tensor:
-    """All tiles at once, in operations whose sizes may be known at run time only: for export and forward mode.
+    """All tiles at once, in operations whose sizes may be known only at run time: for export and forward mode.
 
-    More than five axes stand only between reshaping and permuting, which Core ML takes as one.
+    More than five dimensions occur only between reshaping and permuting, which Core ML fuses.
     """
     height, width = q.shape[1:3]
     kernel_size = rpb.shape[-1] // 2 + 1
 
     def positions(side: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Of each tile the queries (tiles, t), the keys (tiles, p), and the index of each pair's bias (tiles, t, p)."""
+        """For each tile: the queries (tiles, t), the keys (tiles, p), and the bias index of each pair (tiles, t, p)."""
         count = (side + TILE - 1) // TILE
         query = torch.arange(count, device=q.device)[:, None] * TILE + torch.arange(TILE, device=q.device)
         query = query.clamp(max=side - 1)
@@ -102,7 +102,7 @@ def whole_map(q: Tensor, k: Tensor, v: Tensor, rpb: Tensor, scale: float, dropou
 
 
 def _windows(position: Tensor, side: int, kernel_size: int) -> Tensor:
-    """Where the windows of queries at these positions of an axis begin."""
+    """The start of the windows of queries at these positions on an axis."""
     return (position - kernel_size // 2).clamp(0, side - kernel_size)
 
 
@@ -119,19 +119,19 @@ def _bias_index(query: Tensor, key: Tensor, window: Tensor, kernel_size: int) ->
 
 
 def wide(x: Tensor) -> torch.dtype:
-    """Of bias and softmax."""
+    """The dtype of bias and softmax."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
 @dataclass(frozen=True)
 class _Run:
-    """Tiles in a row on one axis that lie alike: tile j has the queries from `start + j · size` on."""
+    """Consecutive tiles on an axis in equivalent positions: tile j has the queries starting at `start + j · size`."""
 
     count: int
     start: int
     size: int
-    patch: int  # where the first tile's keys begin
-    windows: tuple[int, ...]  # where each query's window begins in its tile's patch
+    patch: int  # start of the first tile's keys
+    windows: tuple[int, ...]  # start of each query's window in its tile's patch
     kernel_size: int
 
     @property
@@ -139,7 +139,7 @@ class _Run:
         return self.windows[-1] + self.kernel_size
 
     def parts(self, count: int) -> Iterator['_Run']:
-        """Some tiles at a time."""
+        """Yields several tiles at a time."""
         for first in range(0, self.count, count):
             offset = first * self.size
             yield replace(
@@ -150,7 +150,7 @@ class _Run:
             )
 
     def index(self, device: torch.device) -> Tensor:
-        """Of the bias for each pair in a tile: (size, patch_size)."""
+        """The bias index of each pair in a tile: (size, patch_size)."""
         query = torch.arange(self.size, device=device) + self.start - self.patch
         key = torch.arange(self.patch_size, device=device)
         return _bias_index(query, key, torch.tensor(self.windows, device=device), self.kernel_size)
@@ -158,7 +158,7 @@ class _Run:
 
 def _runs(side: int, kernel_size: int) -> list[_Run]:
     """The tiles of an axis."""
-    size = -(-side // -(-side // TILE))  # of tiles about equally large
+    size = -(-side // -(-side // TILE))  # of tiles with about equal size
     runs: list[_Run] = []
     for start in range(0, side, size):
         windows = _windows(torch.arange(start, min(start + size, side)), side, kernel_size)
@@ -190,12 +190,12 @@ class _Block:
         return self._tiles(x, *sides, keys=True).flatten(0, 3).flatten(1, 2)
 
     def write(self, tiles: Tensor, out: Tensor) -> None:
-        """(tiles, queries, n) into (B, H, W, heads, n)."""
+        """Writes (tiles, queries, n) into (B, H, W, heads, n)."""
         target = self._tiles(out, (0, self.rows.size), (0, self.columns.size), keys=False)
         target.copy_(tiles.view(target.shape))
 
     def add_to_keys(self, tiles: Tensor, grad: Tensor) -> None:
-        """(tiles, keys, n) onto (B, H, W, heads, n), in parts of patches that do not overlap."""
+        """Adds (tiles, keys, n) to (B, H, W, heads, n), in parts of non-overlapping patches."""
         height, width = self.rows.patch_size, self.columns.patch_size
         tiles = tiles.view(-1, height, width, tiles.shape[-1])
         for y in range(0, height, self.rows.size):
@@ -239,7 +239,7 @@ class _Region:
         return logits.softmax(-1)
 
     def spread(self, slots: Tensor) -> Tensor:
-        """Numbers for the slots of each query's window, (tiles, queries, k²), to (tiles, queries, keys)."""
+        """Values for the slots of each query's window, (tiles, queries, k²), to (tiles, queries, keys)."""
         rows, columns = (
             torch.tensor(run.windows)[:, None] + torch.arange(run.kernel_size) for run in (self.rows, self.columns)
         )  # (size, k)

@@ -1,22 +1,22 @@
 """Slide Attention as Triton kernels: the tap-wise form of `tapwise.py`, a tile of pixels and a head in each program.
 
-Logits and softmax stay in registers, the products of d channels and k² slots are `tl.dot`; only q, k, v and the
-parameters are kept for backward. That recomputes the attention in three kernels, none of which needs an atomic
-operation, and tiles have fixed sizes, not tuned when called, so that all results repeat bit for bit:
+Logits and softmax stay in registers, products of d channels and k² slots use `tl.dot`; only q, k, v and the parameters
+are kept for backward. Backward recomputes the attention in three kernels without atomic operations, and tile sizes are
+fixed instead of autotuned, so all results are bitwise reproducible:
 
-1. `_query_kernel`, a pixel gathers from its neighbours: attention and gradient of the logits, both written out as
-   (B, H, W, heads, k²) since the neighbours need them next, the gradient of q and each tile's share of rpb's.
-2. `_key_value_kernel`, a pixel gathers from those that it is a neighbour of: the gradients of k and v.
-3. `_parameter_kernel`, for each tap a fixed number of programs that sum over pixels and heads: the gradients of weight
-   and bias, whose shares are summed at the end. Each tap reads the maps again, from the cache for the most part.
+1. `_query_kernel`, where each pixel gathers from its neighbors: attention and gradient of the logits, both written as
+   (B, H, W, heads, k²) since the neighbors need them next, the gradient of q and each tile's part of rpb's gradient.
+2. `_key_value_kernel`, where each pixel gathers from the pixels that it is a neighbor of: the gradients of k and v.
+3. `_parameter_kernel`, with a fixed number of programs per tap that sum over pixels and heads: the gradients of weight
+   and bias, whose parts are summed at the end. Each tap reads the maps again, mostly from the cache.
 
-The shift is not part of the products: of a kernel W = I + D, slot j's own tap adds q · k(p + t_j) to the logit and
-a_j · v(p + t_j) to the output, in float32, and only D goes through `tl.dot`. So a small learned part is not rounded off
-beside the shift's 1, although products of half-precision maps run on tensor cores in the maps' dtype (those for the
+The shift is not part of the products: for a kernel W = I + D, slot j's own tap adds q · k(p + t_j) to the logit and a_j
+· v(p + t_j) to the output, in float32, and only D goes through `tl.dot`. So a small learned part is not rounded away
+next to the shift's 1, although products of half-precision maps run on tensor cores in the maps' dtype (those for the
 parameters' gradients in TF32). Products of float32 maps are plain float32 ('ieee'). Sums, softmax and everything else
-are float32 always.
+are always float32.
 
-Offsets are 64-bit, so that maps may have more than 2³¹ elements.
+Offsets are 64-bit, so maps may have more than 2³¹ elements.
 """
 
 import torch
@@ -24,13 +24,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Of `_parameter_kernel`: some for each multiprocessor of a large GPU. Each has (d, k²) float32 sums of its own.
+# Programs of `_parameter_kernel`: several for each multiprocessor of a large GPU. Each has its own (d, k²) float32
+# sums.
 PARAMETER_PROGRAMS = 1024
 
 
 @triton.jit
 def _place(tile, height, width, TILE_HEIGHT: tl.constexpr, TILE_WIDTH: tl.constexpr):
-    """Index of the first pixel of the tile's image, rows and columns of the tile's pixels; some may lie off the map."""
+    """Index of the first pixel of the tile's image, rows and columns of the tile's pixels; some may be off the map."""
     tiles_down, tiles_across = tl.cdiv(height, TILE_HEIGHT), tl.cdiv(width, TILE_WIDTH)
     image = tile // (tiles_down * tiles_across)
     inside = tl.arange(0, TILE_HEIGHT * TILE_WIDTH)
@@ -41,7 +42,7 @@ def _place(tile, height, width, TILE_HEIGHT: tl.constexpr, TILE_WIDTH: tl.conste
 
 @triton.jit
 def _load(pointers, columns, stride, start, y, x, height, width):
-    """One row of numbers for each pixel, zeros off the map: (pixels, columns) in float32."""
+    """One row of values for each pixel, zeros off the map: (pixels, columns) in float32."""
     on_map = (y >= 0) & (y < height) & (x >= 0) & (x < width)
     pixels = start + y * width + x
     return tl.load(pointers + pixels[:, None] * stride, mask=on_map[:, None] & columns, other=0.0).to(tl.float32)
@@ -101,7 +102,7 @@ def _spread(
 
 @triton.jit
 def _softmax(logits, columns):
-    """Over the slots, without those that only fill the tile up."""
+    """Softmax over the slots, without those that only pad the tile."""
     logits = tl.where(columns, logits, float('-inf'))
     powers = tl.exp(logits - tl.max(logits, 1)[:, None])
     return powers / tl.sum(powers, 1)[:, None]
@@ -218,7 +219,7 @@ def _parameter_kernel(
     HEAD_DIMS: tl.constexpr, CHANNELS: tl.constexpr, KERNEL_SIZE: tl.constexpr, SLOTS: tl.constexpr,
     TILE_HEIGHT: tl.constexpr, TILE_WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    tap = tl.program_id(0)  # fastest, so that those that read the same pixels run at the same time
+    tap = tl.program_id(0)  # fastest axis, so that programs that read the same pixels run at the same time
     TAPS: tl.constexpr = KERNEL_SIZE * KERNEL_SIZE
     channel, slot = tl.arange(0, CHANNELS), tl.arange(0, SLOTS)
     channels, slots = channel[None, :] < HEAD_DIMS, slot[None, :] < TAPS
@@ -233,12 +234,12 @@ def _parameter_kernel(
         slot_columns = head * TAPS + slot[None, :]
         query = _load(q + columns, channels, stride, start, y, x, height, width)
         grad = _load(grad_out + own_columns, channels, heads * HEAD_DIMS, start, y, x, height, width)
-        if tap < TAPS:  # and the last one is the bias, a kernel on ones
+        if tap < TAPS:  # the last one is the bias, a kernel on ones
             query *= _load(k + columns, channels, stride, start, y + down, x + right, height, width)
             grad *= _load(v + columns, channels, stride, start, y + down, x + right, height, width)
         grad_logit = _load(grad_logits + slot_columns, slots, heads * TAPS, start, y, x, height, width)
         weights = _load(attention + slot_columns, slots, heads * TAPS, start, y, x, height, width)
-        # A tile's sum is added as a whole: tensor cores cut numbers off that they add to a long sum.
+        # Each tile is summed separately: tensor cores truncate values that they add to a long sum.
         tile_sums = tl.dot(tl.trans(query), grad_logit, input_precision=PRECISION)
         sums += tl.dot(tl.trans(grad), weights, tile_sums, input_precision=PRECISION)
     share = tl.program_id(1) * (TAPS + 1) + tap
@@ -306,24 +307,24 @@ def backward(
 
 
 class _Launch:
-    """What the launches of all kernels for one map have in common."""
+    """The common arguments of all kernel launches for a map."""
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, weight: Tensor, bias: Tensor) -> None:
         batch, height, width, heads, head_dims = q.shape
         slots, kernel_size = weight.shape[1], weight.shape[-1]
-        # Views that a module cuts out of one projection have one stride for all pixels; other maps are copied.
+        # Views of a module's single projection have one stride for all pixels; other maps are copied.
         self.maps = [x.flatten(0, 2) for x in (q, k, v)]
         if len({x.stride() for x in self.maps}) > 1 or self.maps[0].stride(-1) != 1:
             self.maps = [x.contiguous() for x in self.maps]
-        # Powers of two, and what `tl.dot` takes at least.
+        # Powers of two, and at least the minimum of `tl.dot`.
         channels, padded_slots = (max(16, triton.next_power_of_2(size)) for size in (head_dims, slots))
-        # (k² + 1, channels, slots): for each tap a matrix of the learned part, and the bias.
+        # (k² + 1, channels, slots): a matrix of the learned part for each tap, and the bias.
         learned = weight.flatten(2) - torch.eye(slots, device=weight.device)
         self.kernels = q.new_zeros(slots + 1, channels, padded_slots)
         self.kernels[:slots, :head_dims, :slots] = learned.permute(2, 0, 1)
         self.kernels[slots, :head_dims, :slots] = bias
-        # A matrix instruction of a warp group takes 64 pixels. Long channels and plain float32 products need more
-        # registers than that leaves.
+        # A warp group's matrix instruction needs 64 pixels. Many channels and plain float32 products need more
+        # registers than are left then.
         small = q.dtype == torch.float32 or channels > 64
         tile_height, tile_width = (4, 8) if small else (8, 8)
         self.tiles = batch * triton.cdiv(height, tile_height) * triton.cdiv(width, tile_width)

@@ -1,11 +1,11 @@
-"""Slide Attention tap by tap in plain tensor operations: the form that inference engines run fastest.
+"""Slide Attention tap by tap in plain tensor operations: the fastest form in inference engines.
 
-The arithmetic is that of `tapwise`; without its backward, what remains is a graph of a few nodes a tap. Moving a map by
-a tap costs as much as multiplying it, so a tap's rows and columns are moved apart, each once: keys and values by rows;
-queries by columns to meet the keys, and what they gave, which is smaller, back again.
+The arithmetic is the same as in `tapwise`; without its backward, this is a graph with a few nodes per tap. Shifting a
+map costs as much as multiplying it, so rows and columns are shifted separately, each once: keys and values by rows;
+queries by columns towards the keys, and the results, which are smaller, back again.
 
-A map of a known size is worked off in strips of rows, one after another in the graph, so that the products of a tap
-stay in the processor's cache.
+A map of known size is processed in strips of rows, one after another in the graph, so that the products of a tap stay
+in the processor's cache.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Of a strip's queries: see docs/performance.md.
+# Bytes of a strip's queries: see docs/performance.md.
 STRIP_BYTES = 5 << 19
 
 
@@ -30,7 +30,7 @@ def unrolled(
     scale: float,
     dropout_mask: Tensor | None = None,
 ) -> Tensor:
-    """See `mmslide.ops.slide_attention` for shapes. No copy is larger than q, but autograd keeps 6·k²."""
+    """See `mmslide.ops.slide_attention` for shapes. No copy is larger than q, but autograd keeps 6·k² of them."""
     height, kernel_size = q.shape[1], weight.shape[-1]
     reach = kernel_size // 2
     k, v = (F.pad(x, (0, 0, 0, 0, 0, 0, reach, reach)) for x in (k, v))
@@ -44,7 +44,7 @@ def unrolled(
 
 
 def _strips(q: Tensor) -> list[tuple[int, int]]:
-    """First row and number of rows of each strip; one strip if a size is known at run time only."""
+    """First row and number of rows of each strip; one strip if a size is known only at run time."""
     height = q.shape[1]
     if any(isinstance(side, torch.SymInt) for side in q.shape):
         return [(0, height)]
@@ -62,7 +62,7 @@ def _attend(
     scale: float,
     dropout_mask: Tensor | None,
 ) -> Tensor:
-    """Of one strip; keys and values are moved by each row of the kernel."""
+    """The output of one strip; keys and values are shifted by each row of the kernel."""
     kernel_size = weight.shape[-1]
     kernels = [row.unbind(-1) for row in weight.unbind(-2)]  # (d, k²) for each row and column of a tap
     logits = q @ bias + q.sum(-1, keepdim=True) * rpb  # (B, rows, W, heads, k²)
@@ -80,7 +80,7 @@ def _attend(
 
 
 def moved(x: Tensor, kernel_size: int) -> list[Tensor]:
-    """x(p + offset) for each offset along the columns of (B, H, W, heads, n), zeros from outside."""
+    """x(p + offset) for each offset along the columns of (B, H, W, heads, n), with zeros outside."""
     reach, width = kernel_size // 2, x.shape[2]
     padded = F.pad(x, (0, 0, 0, 0, reach, reach))
     return [x if column == reach else padded.narrow(2, column, width) for column in range(kernel_size)]
