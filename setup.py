@@ -1,7 +1,7 @@
-"""The packaging; the metadata stand in pyproject.toml.
+"""Packaging; the metadata is in pyproject.toml.
 
-openmim looks for configs, tools and model-index.yml in site-packages/mmslide/.mim. A wheel ships copies there. An
-editable install ships one-line files that lead to the checkout, so that an edited config or tool is the one that runs.
+openmim looks for configs, tools and model-index.yml in site-packages/mmslide/.mim. A wheel has copies there. An
+editable install has one-line files that refer to the checkout, so that edited configs and tools are used.
 """
 
 import platform
@@ -24,7 +24,7 @@ class BuildWithMim(build_py):
             return
         mim = Path(self.build_lib, 'mmslide', '.mim')
         shutil.rmtree(mim, ignore_errors=True)
-        # Tools that work in a checkout alone.
+        # Tools that only work in a checkout.
         left_out = shutil.ignore_patterns('__pycache__', 'setup_env.sh', 'benchmark.py')
         for name in ('configs', 'tools'):
             shutil.copytree(ROOT / name, mim / name, ignore=left_out)
@@ -32,14 +32,14 @@ class BuildWithMim(build_py):
 
 
 class BuildLibrary(build_ext):
-    """The kernels are a library of C functions that ctypes loads: its name has no version of Python."""
+    """The kernels are a library of C functions loaded with ctypes: its name has no Python version."""
 
     def get_ext_filename(self, fullname: str) -> str:
         return str(Path(*fullname.split('.')).with_suffix('.so'))
 
 
 class AnyPythonWheel(bdist_wheel):
-    """One wheel of a platform for every Python."""
+    """One wheel per platform for all Python versions."""
 
     def get_tag(self) -> tuple[str, str, str]:
         return 'py3', 'none', super().get_tag()[2]
@@ -65,7 +65,7 @@ def write(path: Path, text: str) -> None:
     path.write_text(text)
 
 
-# Without a compiler that can build it everything works, with the slower backend 'tapwise' in its place.
+# If no compiler can build it, everything works with the slower backend 'tapwise' instead.
 native = Extension(
     'mmslide.ops._native',
     ['mmslide/ops/native.cpp'],
@@ -81,7 +81,7 @@ native = Extension(
 setup(
     ext_modules=[native],
     packages=find_packages(include=['mmslide', 'mmslide.*']),
-    # Makes an editable install a plain path entry, beside which site-packages/mmslide/.mim is no second package.
+    # Makes an editable install a plain path entry, so that site-packages/mmslide/.mim is not a second package.
     package_dir={'': '.'},
     include_package_data=False,
     cmdclass=dict(

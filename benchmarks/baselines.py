@@ -1,4 +1,4 @@
-"""Attention as others compute it: what `tools/benchmark.py` measures against and the tests compare with."""
+"""Other implementations of attention: the baselines of `tools/benchmark.py`, also used in tests."""
 
 from collections.abc import Callable
 from functools import lru_cache
@@ -17,7 +17,7 @@ from mmslide.ops.reference import neighborhood_reference
 def two_path(
     q: Tensor, k: Tensor, v: Tensor, shift: Tensor, shift_bias: Tensor, deform: Tensor, deform_bias: Tensor, rpb: Tensor
 ) -> Tensor:
-    """As the paper trains it (CVPR 2023, arXiv 2304.04237, section 4.3): a fixed and a learned convolution, added.
+    """As trained in the paper (CVPR 2023, arXiv 2304.04237, section 4.3): the sum of a fixed and a learned convolution.
 
     Args:
         q, k, v: (B, H, W, heads, d).
@@ -43,7 +43,7 @@ class TwoPathAttention(SlideAttention):
 
 
 def im2col(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, bias: Tensor, rpb: Tensor) -> Tensor:
-    """As local attention without special kernels is usually written: unfold every neighbourhood, then deform it.
+    """The usual implementation of local attention without special kernels: unfolds every neighborhood, then deforms it.
 
     Args:
         weight, bias, rpb: as for `mmslide.ops.slide_attention`.
@@ -62,9 +62,9 @@ def im2col(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, bias: Tensor, rpb: T
 
 
 def flex(kernel_size: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """PyTorch's FlexAttention among the same k×k neighbours, compiled: nothing deformed, no biases.
+    """PyTorch's compiled FlexAttention over the same k×k neighbors, without deformation and biases.
 
-    Pixels outside the map are keys of zeros, as for Slide Attention.
+    Pixels outside the map are zero keys, as in Slide Attention.
     """
     height, width = q.shape[1:3]
     pad = kernel_size // 2
@@ -105,7 +105,7 @@ def _attend(q: Tensor, keys: Tensor, values: Tensor, rpb: Tensor) -> Tensor:
 
 
 class PlainCrossShapedAttention(CrossShapedWindowAttention):
-    """As the formula suggests: windows are copied, softmax(q kᵀ) v is computed in steps."""
+    """The straightforward implementation: copies windows and computes softmax(q kᵀ) v in separate steps."""
 
     def forward(self, x: Tensor) -> Tensor:
         _, height, width, _ = x.shape
@@ -136,7 +136,7 @@ class PlainCrossShapedAttention(CrossShapedWindowAttention):
 
 
 class GatheringNeighborhoodAttention(NeighborhoodAttention):
-    """Every window is gathered."""
+    """Gathers every window."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return neighborhood_reference(q, k, v, self.rpb, scale=q.shape[-1] ** -0.5)

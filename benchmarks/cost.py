@@ -1,4 +1,4 @@
-"""Cost against the number of pixels."""
+"""Cost as a function of the number of pixels."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -17,12 +17,12 @@ from .pairs import Pair
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one image size.
+    """The cost at one image size.
 
     Args:
         pixels: of the image.
-        global_seconds: what of ours goes into attention to all pixels of a map, which is quadratic by design; 0 in
-            training and where there is none.
+        global_seconds: the part of our time in global attention, which is quadratic by design; 0 in training and if
+            there is none.
     """
 
     pixels: int
@@ -34,7 +34,7 @@ class Cost:
 def measure_cost(
     build: Callable[[int], Pair], sides: Sequence[int], training: bool, seconds: float, report: Callable[[Cost], Any]
 ) -> list[Cost]:
-    """Measures pairs at square images with these sides in pixels, and reports each as soon as it is there."""
+    """Measures pairs at square images with these sides in pixels, and reports each as soon as it is measured."""
     costs = []
     for side in sides:
         pair = build(side)
@@ -46,7 +46,7 @@ def measure_cost(
 
 
 def plot_cost(costs: Sequence[Cost], title: str, names: tuple[str, str], file: Path) -> None:
-    """Draws time and memory of both sides against pixels, beside lines of growth in proportion."""
+    """Plots time and memory of both sides over the number of pixels, with lines of linear growth."""
     figure = Figure(figsize=(10, 4), layout='constrained')
     axes = figure.subplots(1, 2)
     pixels = [cost.pixels / 1e6 for cost in costs]
@@ -58,7 +58,7 @@ def plot_cost(costs: Sequence[Cost], title: str, names: tuple[str, str], file: P
         for name, side in zip(names, ('ours', 'baseline'), strict=True):
             ax.plot(pixels, [value(getattr(cost, side)) for cost in costs], marker='o', label=name)
         if part and any(part):
-            ax.plot(pixels, part, marker='o', linestyle=':', label=f'{names[0]}: global attention alone')
+            ax.plot(pixels, part, marker='o', linestyle=':', label=f'{names[0]}: only global attention')
         first = value(costs[0].ours)
         ax.plot(pixels, [first * x / pixels[0] for x in pixels], color='gray', linestyle='--', label='in proportion')
         ax.set(xscale='log', yscale='log', xlabel='pixels of the image (10⁶)', ylabel=label)
@@ -68,7 +68,7 @@ def plot_cost(costs: Sequence[Cost], title: str, names: tuple[str, str], file: P
 
 
 def _global_seconds(pair: Pair) -> float:
-    """The time inside the modules that attend to a whole map, on a CPU."""
+    """The time spent in modules with global attention, on a CPU."""
     modules = [x for x in pair.model.modules() if isinstance(x, SubsampledAttention)] if pair.model else []
     if not modules or next(iter(pair.ours.inputs.values())).device.type != 'cpu':
         return 0.0

@@ -1,4 +1,4 @@
-"""The fused graph against that of the two paths, both in onnxruntime."""
+"""The fused graph compared with the two-path graph, both in onnxruntime."""
 
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,10 +17,11 @@ from .measure import Measurement, Side, compare
 def compare_exported(
     height: int, width: int, embed_dims: int, num_heads: int, kernel_size: int, mlp_ratio: float, seconds: float
 ) -> tuple[Measurement, Measurement]:
-    """Exports a layer for one map, fused and as it is trained, and measures both in turn, with PyTorch's threads.
+    """Exports a layer for one map, fused and in its training form, and measures both alternately, with PyTorch's number
+    of threads.
 
     Args:
-        mlp_ratio: of a whole transformer block; 0 for Slide Attention alone, with its projections.
+        mlp_ratio: of a complete transformer block; 0 for only Slide Attention with its projections.
 
     Raises:
         RuntimeError: the results disagree.

@@ -1,4 +1,4 @@
-"""Time, memory and floor of two implementations that are run in turn in one process."""
+"""Time, memory and floor of two implementations that are run alternately in one process."""
 
 import ctypes
 import statistics
@@ -19,8 +19,8 @@ class Side:
 
     Args:
         forward: returns the outputs.
-        inputs: by name; training wants their gradients and compares them with those of the other side.
-        parameters: training wants their gradients too. Those of both sides need not have names in common.
+        inputs: by name; in training, their gradients are computed and compared with those of the other side.
+        parameters: in training, their gradients are computed too. Both sides may have different names.
     """
 
     name: str
@@ -31,8 +31,8 @@ class Side:
 
 @dataclass(frozen=True)
 class Measurement:
-    """Of one step: the median of the times; the most memory held at once, beyond what was held before; and what forward
-    keeps for backward, inputs and parameters included."""
+    """For one step: the median time; the peak memory in addition to what was allocated before; and the memory that
+    forward keeps for backward, including inputs and parameters."""
 
     seconds: float
     peak_bytes: int
@@ -41,29 +41,29 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Machine:
-    """What the hardware gives at best, measured: bytes read and written a second in a copy, operations a second in a
+    """The measured peak rates of the hardware: bytes read and written per second in a copy, operations per second in a
     matrix product."""
 
     copy_rate: float
     matrix_rate: float
 
     def floor(self, moved_bytes: float, operations: float) -> float:
-        """Seconds that a step takes at least that moves so many bytes and does so many operations."""
+        """The minimum time in seconds of a step that moves this many bytes and computes this many operations."""
         return max(moved_bytes / self.copy_rate, operations / self.matrix_rate)
 
 
 def compare(
     ours: Side, baseline: Side, training: bool, tolerance: float | None, seconds: float = 4.0
 ) -> tuple[Measurement, Measurement]:
-    """Checks that both sides agree, then runs them in turn until `seconds` have passed, three times at least.
+    """Checks that both sides agree, then runs them alternately for `seconds`, at least three times.
 
-    Before each run on a CPU free memory goes back to the system (on Linux): else one side would run in memory that the
-    other has left, or not, as the allocator pleases, and the ratio would move with it.
+    Before each run on a CPU, free memory is returned to the system (on Linux): otherwise one side might reuse memory of
+    the other, depending on the allocator, which would affect the ratio.
 
     Args:
         training: measure forward and backward together, instead of forward without gradients.
-        tolerance: greatest relative error, max|Δ| / max|baseline|, of every output and in training of every input's
-            gradient; None for sides that compute different functions.
+        tolerance: largest relative error, max|Δ| / max|baseline|, of every output and, in training, of every input's
+            gradient; None for different functions.
 
     Raises:
         RuntimeError: the results disagree; the message names the output or gradient.
@@ -87,7 +87,7 @@ def compare(
 
 
 def measure_machine(dtype: torch.dtype, device: torch.device) -> Machine:
-    """The best of ten copies of 256 MiB and of ten products of matrices of 2048 × 2048."""
+    """The best of ten copies of 256 MiB and of ten products of 2048 × 2048 matrices."""
     source = torch.ones(2**28 // dtype.itemsize, dtype=dtype, device=device)
     target = torch.empty_like(source)
     matrix = torch.ones(2048, 2048, dtype=dtype, device=device)
@@ -99,7 +99,7 @@ def measure_machine(dtype: torch.dtype, device: torch.device) -> Machine:
 
 def _step(side: Side, training: bool) -> Callable[[], dict[str, Tensor]]:
     """Runs once and returns outputs and, in training, the inputs' gradients, by name."""
-    grads: list[Tensor] = []  # of the outputs: drawn once, the same for both sides
+    grads: list[Tensor] = []  # of the outputs: drawn once and used for both sides
 
     def infer() -> dict[str, Tensor]:
         with torch.no_grad():
@@ -167,9 +167,9 @@ def _saved_bytes(side: Side) -> int:
     def pack(x: Tensor) -> Tensor:
         storage = x.untyped_storage()
         storages[storage.data_ptr()] = storage.nbytes()
-        return x.detach()  # x itself may be the output of the node that keeps it: a cycle that nothing frees
+        return x.detach()  # x itself may be the output of the node that keeps it, a reference cycle that is never freed
 
     with saved_tensors_hooks(pack, lambda x: x):
-        outs = side.forward()  # kept until the end, so that no address is used twice
+        outs = side.forward()  # kept until the end, so that no address is reused
     del outs
     return sum(storages.values())

@@ -1,4 +1,4 @@
-"""What is measured against what: the op, backbones, whole models."""
+"""The pairs that are compared: the op, backbones, whole models."""
 
 import copy
 from collections.abc import Callable
@@ -27,22 +27,23 @@ from mmslide.weights import load_pretrained
 from .baselines import flex, im2col, two_path
 from .measure import Side, check
 
-# One rounding of the result and of what it is made of.
+# Rounding of the result and of its inputs.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-# For comparisons with the reference, which is slow.
+# Small, for comparisons with the reference, which is slow.
 SMALL_SHAPE = (256, 256)
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two sides that do the same work.
+    """Two implementations of the same work.
 
     Args:
-        tolerance: of their results; None for different functions, each of which was checked when the pair was made.
-        moved_bytes: what a step of ours has to read and write at least.
-        operations: of a step of ours, a multiply-add being two.
-        images: of a step.
-        model: ours as a module, where it is one.
+        tolerance: of their results; None for different functions, which were checked separately when the pair was
+            created.
+        moved_bytes: minimum number of bytes that a step of ours has to read and write.
+        operations: of a step of ours, two per multiply-add.
+        images: number of images per step.
+        model: ours as a module, if it is one.
     """
 
     name: str
@@ -69,15 +70,15 @@ def op_pair(
     training: bool = False,
     baseline: str = 'two-path',
 ) -> Pair:
-    """Slide Attention on a map (batch, height, width, embed_dims), random parameters in both paths.
+    """Slide Attention on a map (batch, height, width, embed_dims), with random parameters in both paths.
 
-    Both sides get q, k and v (views of one projection in inference, apart in training) and the kernels of both paths,
-    as the module has them: merging them is part of ours.
+    Both sides get q, k and v (views of one projection in inference, separate in training) and the kernels of both
+    paths, as in the module: merging them is part of our time.
 
     Args:
         backend: of `mmslide.ops.slide_attention`.
-        baseline: 'two-path' (how the paper trains), 'im2col', 'flex' (FlexAttention in the same window, for which
-            all that is learned is zero), or a backend: 'conv' is how the paper infers.
+        baseline: 'two-path' (training form of the paper), 'im2col', 'flex' (FlexAttention in the same window, with all
+            learned parameters zero), or a backend: 'conv' is the inference form of the paper.
     """
     head_dims, slots = embed_dims // num_heads, kernel_size**2
     generator = torch.Generator().manual_seed(0)
@@ -132,7 +133,7 @@ def op_pair(
         ),
         baseline=Side(baseline, theirs, inputs),
         tolerance=TOLERANCE[dtype],
-        # Forward reads q, k, v and writes the output; backward reads them and a gradient and writes three.
+        # Forward reads q, k, v and writes the output; backward reads these and a gradient and writes three gradients.
         moved_bytes=qkv[0].nbytes * (4 + 7 * training),
         operations=2 * 2 * (slots * slots + slots) * qkv[0].numel() * (1 + 2 * training),
         images=batch,
@@ -151,7 +152,7 @@ def neighborhood_pair(
     device: str | torch.device = 'cpu',
     training: bool = False,
 ) -> Pair:
-    """Neighborhood attention on a map (batch, height, width, embed_dims) beside a gather of all windows."""
+    """Neighborhood attention on a map (batch, height, width, embed_dims), compared with gathering all windows."""
     generator = torch.Generator().manual_seed(0)
     shape = batch, height, width, 3, num_heads, embed_dims // num_heads
     qkv = torch.randn(shape, generator=generator).to(device, dtype).requires_grad_()
@@ -174,7 +175,7 @@ def neighborhood_pair(
     )
 
 
-# Where the baselines are, imported when one is measured.
+# The modules of the baselines, imported when one is measured.
 MODULES = {
     'mmdet': 'mmdet.models.backbones',
     'mmseg': 'mmseg.models.backbones',
@@ -185,10 +186,10 @@ MODULES = {
 
 @dataclass(frozen=True)
 class Backbones:
-    """Ours and what it is measured against.
+    """Ours and its baseline.
 
     Args:
-        host: ours as the same function as the baseline, which takes the baseline's weights; None where none exists.
+        host: our equivalent of the baseline, which loads the baseline's weights; None if there is none.
     """
 
     ours: Callable[..., nn.Module]
@@ -199,7 +200,7 @@ class Backbones:
 
     def build_baseline(self, with_cp: bool) -> nn.Module:
         if self.framework == 'timm':
-            # Its maps at all stages, under the names that its weights are published with.
+            # Returns maps of all stages, with the parameter names of the published weights.
             return import_module('timm').create_model(self.baseline, features_only=True, **self.baseline_kwargs)
         own = dict(with_cp=with_cp) if self.framework == 'mmslide' else {}
         return getattr(import_module(MODULES[self.framework]), self.baseline)(**self.baseline_kwargs, **own)
@@ -217,7 +218,7 @@ _SVT_SMALL = dict(
     mlp_ratios=[4, 4, 4, 4],
     depths=[2, 2, 10, 4],
     sr_ratios=[8, 4, 2, 1],
-    windiow_sizes=[7, 7, 7, 7],  # so spelt in mmseg
+    windiow_sizes=[7, 7, 7, 7],  # mmseg's spelling
     qkv_bias=True,
 )
 _PVT_HOST = partial(_PVT, slide_stages=())
@@ -269,14 +270,14 @@ def backbone_pair(
     training: bool = False,
     with_cp: bool = False,
 ) -> Pair:
-    """A backbone of ours beside another one of the same size, on images (batch, 3, height, width).
+    """A backbone of ours compared with another one of the same size, on images (batch, 3, height, width).
 
-    Where both are the same function, ours has the baseline's weights and the results are compared. Of a Slide backbone,
-    which is another function, are checked: its host against the baseline, on one image of this size, and the op inside
-    it against the reference.
+    If both are the same function, ours has the baseline's weights and the results are compared. A Slide backbone is a
+    different function: its host is checked against the baseline, on one image of this size, and its op against the
+    reference.
 
     Args:
-        name: of `BACKBONES`.
+        name: a key of `BACKBONES`.
         with_cp: recompute activations in backward, in backbones of mmslide.
 
     Raises:
@@ -313,8 +314,8 @@ def model_pair(
 ) -> Pair:
     """Whole detectors or segmentors from images (batch, 3, height, width) to the tensors of their heads.
 
-    Random weights; Slide Attention inside is checked against the reference. What follows on the heads' tensors (NMS,
-    pasting of masks, losses) is left out: it depends on the weights.
+    Random weights; Slide Attention is checked against the reference. Postprocessing (NMS, mask pasting, losses) is not
+    included, since it depends on the weights.
     """
 
     def build(cfg: Config) -> nn.Module:
@@ -329,7 +330,7 @@ def model_pair(
 
 
 class _Tensors(nn.Module):
-    """Backbone, neck and dense heads: what runs on an image tensor alone."""
+    """Backbone, neck and dense heads: everything that runs on an image tensor alone."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -346,7 +347,7 @@ def _flatten(x: Any) -> list[Tensor]:
 
 
 def _prepare(model: nn.Module, dtype: torch.dtype, device: str | torch.device, training: bool) -> nn.Module:
-    """In training mode with neither dropout nor stochastic depth, so that results can be compared."""
+    """Sets training mode without dropout and stochastic depth, so that results can be compared."""
     model.to(device, dtype).train(training)
     for module in model.modules():
         if isinstance(module, DropPath | nn.Dropout):
@@ -357,7 +358,7 @@ def _prepare(model: nn.Module, dtype: torch.dtype, device: str | torch.device, t
 def _copy_weights(baseline: nn.Module, host: nn.Module) -> None:
     with TemporaryDirectory() as folder:
         file = Path(folder) / 'baseline.pth'
-        torch.save(getattr(baseline, 'model', baseline).state_dict(), file)  # timm wraps what gives maps
+        torch.save(getattr(baseline, 'model', baseline).state_dict(), file)  # timm wraps models that return maps
         load_pretrained(host, str(file))
 
 
@@ -390,7 +391,7 @@ def _agree(
 
 
 def _check_op(name: str, backbone: nn.Module, dtype: torch.dtype, device: str | torch.device) -> None:
-    """Slide Attention's backend against the reference, inside the backbone, with random learned parts."""
+    """Checks Slide Attention's backend against the reference, inside the backbone, with random learned parts."""
     reference = copy.deepcopy(backbone)
     for model in (backbone, reference):
         generator = torch.Generator(device).manual_seed(0)

@@ -1,4 +1,4 @@
-"""Exported models in the runtimes that this machine has."""
+"""Exported models in the installed runtimes."""
 
 import json
 import statistics
@@ -21,7 +21,7 @@ from mmslide.deploy.graphs import part
 from mmslide.deploy.targets import TARGETS, Runner, Target, Traced
 from mmslide.models.pyramid import Pyramid
 
-# The peak of a process that runs a file, above what it has when the runtime is loaded.
+# The peak memory of a process that runs a file, minus that after loading the runtime.
 MEMORY = """
 import sys
 from pathlib import Path
@@ -47,7 +47,7 @@ print(peak_kb() - before)
 
 @dataclass(frozen=True)
 class Runtime:
-    """One way to run a file here, such as 'openvino-bf16'."""
+    """A way to run a file, such as 'openvino-bf16'."""
 
     name: str
     target: Target
@@ -56,8 +56,7 @@ class Runtime:
 
 @dataclass(frozen=True)
 class ExportedMeasurement:
-    """Of one image: the median of the times, the size of the file, and the memory of a process that runs it alone (on
-    Linux)."""
+    """For one image: the median time, the file size, and the memory of a process that only runs the file (on Linux)."""
 
     seconds: float
     file_bytes: int
@@ -65,7 +64,7 @@ class ExportedMeasurement:
 
 
 def available_runtimes() -> dict[str, Runtime]:
-    """All that this machine can write and run, by name."""
+    """All runtimes that this machine can write and run, by name."""
     found = []
     for target in TARGETS.values():
         if not target.why_not_run() and not targets.missing_packages(target.write_packages):
@@ -82,14 +81,14 @@ def measure_exported(
     threads: int,
     seconds: float,
 ) -> dict[str, list[ExportedMeasurement]]:
-    """Exports models with their initial weights by the same means, compares each with PyTorch, and runs them in turn.
+    """Exports models with their initial weights in the same way, compares each with PyTorch, and runs them alternately.
 
     Args:
         name: the part, see `mmslide.deploy.export`.
-        seconds: how long each runtime is measured at least.
+        seconds: minimum time to measure each runtime.
 
     Returns:
-        The runtimes' names, each with one measurement a config.
+        The runtimes' names, each with one measurement per config.
 
     Raises:
         RuntimeError: a file's results differ from PyTorch's.
@@ -97,7 +96,7 @@ def measure_exported(
     from mmslide.deploy.trace import trace  # needs PyTorch 2.6
 
     models: list[Any] = [build_model(config).eval() for config in configs]
-    # A baseline may be of another package.
+    # A baseline may be from another package.
     modules = [part(fuse(x) if isinstance(x.backbone, Pyramid) else x, name, shape) for x in models]
     results = {}
     with TemporaryDirectory() as folder:

@@ -84,7 +84,7 @@ def test_host_equals_mmdet_swin(size, tmp_path):
 def test_the_least_image_follows_from_what_is_built(cls, out_indices, least):
     model = cls(SMALL if cls is SlideSwin else SMALL_PVT, out_indices=out_indices)
     model(torch.randn(1, 3, least, least))
-    with pytest.raises(ValueError, match=rf'at least {least} pixels a side, got \({least - 1}, {least}\)'):
+    with pytest.raises(ValueError, match=rf'at least {least} pixels per side, got \({least - 1}, {least}\)'):
         model(torch.randn(1, 3, least - 1, least))
 
 

@@ -236,8 +236,8 @@ def test_the_default_has_forward_mode_derivatives():
 @pytest.mark.parametrize(
     ('shape', 'dtype', 'device', 'message'),
     [
-        ((12, 3), torch.float32, 'cpu', 'takes head sizes that divide by 8, got 12'),
-        ((8, 9), torch.float32, 'cpu', r'takes kernel sizes \(3, 5, 7\), got 9'),
+        ((12, 3), torch.float32, 'cpu', 'supports head sizes divisible by 8, got 12'),
+        ((8, 9), torch.float32, 'cpu', r'supports kernel sizes \(3, 5, 7\), got 9'),
         (
             (8, 3),
             torch.float64,

@@ -265,8 +265,8 @@ def test_what_cannot_be_drawn_is_named(save, tmp_path):
         ((tmp_path / 'list.onnx', good, out), 'list.onnx are not a dict, but list'),
         ((whole, config, out), 'config.py is not a readable image'),
         ((whole, tmp_path, out), f'there is no file {tmp_path}'),
-        ((whole, good, tmp_path / 'no' / 'folder.png'), 'cannot write an image to '),
-        ((whole, good, tmp_path / 'out.what'), 'cannot write an image to '),
+        ((whole, good, tmp_path / 'no' / 'folder.png'), 'cannot write image '),
+        ((whole, good, tmp_path / 'out.what'), 'cannot write image '),
         ((whole, good, whole), 'whole.onnx is the input '),
         ((whole, good, link), 'link.png is the input '),
     ]:
@@ -536,7 +536,7 @@ def test_a_preprocessor_at_the_top_level_and_a_checkpoint_without_meta(save):
 @pytest.mark.parametrize(
     ('name', 'shape', 'images', 'error', 'message'),
     [
-        ('model', (31, 64), [], ValueError, r'shape must be at least 32 pixels a side, got \(31, 64\)'),
+        ('model', (31, 64), [], ValueError, r'shape must be at least 32 pixels per side, got \(31, 64\)'),
         ('neck', (64, 64), [], ValueError, r"part must be one of \('backbone', 'features', 'model'\), got 'neck'"),
         ('model', (64, 64), ['none.jpg'], FileNotFoundError, 'none.jpg'),
         ('model', (64, 64), [__file__], ValueError, 'test_export.py is not a readable image'),

@@ -245,7 +245,7 @@ def test_weights_of_a_host_leave_the_plain_shift(tmp_path):
 
 def test_other_layouts_have_no_place_for_fused_weights():
     state = fuse(small(TwinsSVT)).state_dict()
-    with pytest.raises(ValueError, match=r'no place for Slide Attention, but there is .*fused_weight'):
+    with pytest.raises(ValueError, match=r'does not support Slide Attention, got .*fused_weight'):
         from_mmslide(state, 'authors')
 
 

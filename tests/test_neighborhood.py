@@ -80,7 +80,7 @@ def test_output_and_gradients_agree_with_the_reference(shape):
 
 def test_missing_kernels_are_reported():
     args = arguments(1, 8, 9, 1, 8, 7, dtype=torch.float32)
-    with without_kernels(), pytest.warns(UserWarning, match='CPU kernels is missing; plain PyTorch stands in'):
+    with without_kernels(), pytest.warns(UserWarning, match='CPU kernels is missing; falling back to plain PyTorch'):
         neighborhood_attention(*args)
 
 
@@ -328,7 +328,7 @@ def test_exported(dynamic):
         (dict(rpb=torch.zeros(3, 13, 13)), r'rpb must be .* heads = 2 .*got \(3, 13, 13\)'),
         (dict(rpb=torch.zeros(2, 13, 9)), r'rpb must be .*got \(2, 13, 9\)'),
         (dict(rpb=torch.zeros(2, 7, 7)), r'rpb must be .* k odd, got \(2, 7, 7\)'),
-        (dict(rpb=torch.zeros(2, 17, 17)), r'maps must be at least k = 9 pixels a side, got \(8, 8\)'),
+        (dict(rpb=torch.zeros(2, 17, 17)), r'maps must have at least k = 9 pixels per side, got \(8, 8\)'),
         (dict(v=torch.zeros(1, 8, 8, 2, 4).double()), r'must share one floating-point dtype.*torch\.float64'),
         (dict(rpb=torch.zeros(2, 13, 13).long()), r'rpb have one.*torch\.int64'),
         (dict(rpb=torch.zeros(2, 13, 13, device='meta')), r"on one device, got \['cpu', 'meta'\]"),

@@ -190,7 +190,9 @@ def test_tapwise_stands_in_for_kernels_that_fail(name, kernel, message, unchecke
     monkeypatch.setattr(triton_kernels, name, kernel)
     args = small()
     grad = torch.randn(args[0].shape).to(DEVICE)
-    with pytest.warns(UserWarning, match=rf"the kernels of backend 'triton' fail on .*{message}.*falling back to 'tapwise'"):
+    with pytest.warns(
+        UserWarning, match=rf"the kernels of backend 'triton' fail on .*{message}.*falling back to 'tapwise'"
+    ):
         out = slide_attention(*args, backend='gpu')
     assert_agrees((out, *torch.autograd.grad(out, args, grad)), args, grad)
     with warnings.catch_warnings():
@@ -217,7 +219,7 @@ def test_nothing_is_checked_while_a_graph_is_captured(unchecked):
 def test_what_it_cannot_do_is_refused(shape, dtype, weight_dtype, message):
     args = arguments(1, 1, 1, 1, *shape, torch.float32)
     args = [x.to(dtype) for x in args[:3]] + [x.to(weight_dtype) for x in args[3:]]
-    with pytest.raises(ValueError, match=rf"'triton' takes .*{message}; use 'tapwise'"):
+    with pytest.raises(ValueError, match=rf"'triton' supports .*{message}; use 'tapwise'"):
         slide_attention(*args, backend='triton')
 
 

@@ -543,7 +543,7 @@ def test_tool_refuses(trained, tmp_path):
     assert error(*host, '--history', host[1]) == 'cannot draw kernels: the model has no Slide Attention in these stages'
     assert error(config, checkpoint, '--kinds', 'cam') == 'cannot draw cam: no image is given'
     for arguments in (host, (config, checkpoint, image, '--kinds', 'cam')):
-        message = '--host-checkpoint is compared with a model with Slide Attention, by the kind erf'
+        message = '--host-checkpoint needs the kind erf and a model with Slide Attention'
         assert error(*arguments, '--host-checkpoint', host[1]) == message
     assert error(config, checkpoint, '--stages', 4) == (
         '--stages must be a list of different stages from 0 to 3, got --stages=[4]'

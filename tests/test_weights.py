@@ -568,8 +568,8 @@ def test_round_trip_from_mmseg(cls, qkv_bias):
 @pytest.mark.parametrize(
     ('source', 'message'),
     [
-        (lambda: small(SlidePVT, slide_stages=()), r"the layout '{}' exists for .*Twins.*, and these weights"),
-        (lambda: small(SlideSwin, slide_stages=()), r"the layout '{}' exists for .*Twins.*, and these weights"),
+        (lambda: small(SlidePVT, slide_stages=()), r"the layout '{}' exists for .*Twins.*, but these weights"),
+        (lambda: small(SlideSwin, slide_stages=()), r"the layout '{}' exists for .*Twins.*, but these weights"),
         (
             lambda: small_twins(TwinsSVT, slide_stages=(1,)),
             r"layout '{}' has no place for Slide Attention.*stages\.1\.blocks\.0\.attn\.deform_weight",
@@ -774,7 +774,7 @@ def test_convert_fails_with_one_error_and_leaves_nothing(failure, convert, save,
         message = r'checkpoint\.pth does not exist'
     elif failure == 'layout':
         save(small(SlidePVT, slide_stages=()).state_dict())
-        message = 'exists for .*Twins.*, and these weights'
+        message = 'exists for .*Twins.*, but these weights'
     elif failure == 'folder':
         out, message = tmp_path / 'none' / 'out.pth', 'the folder of .*none/out.pth does not exist'
     elif failure == 'itself':

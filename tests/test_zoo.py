@@ -118,7 +118,7 @@ def test_any_size_trains(backbone, size, slide_stages):
 
 @EVERY
 def test_images_below_the_coarsest_stride_are_refused(backbone):
-    with pytest.raises(ValueError, match=r'at least 32 pixels a side, got \(31, 64\)'):
+    with pytest.raises(ValueError, match=r'at least 32 pixels per side, got \(31, 64\)'):
         mini(backbone)(torch.randn(1, 3, 31, 64))
 
 

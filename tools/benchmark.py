@@ -1,6 +1,6 @@
-"""Measures ops, backbones, whole models and exported ones beside another implementation: time and memory.
+"""Benchmarks ops, backbones, whole models and exported models against other implementations: time and memory.
 
-Runs in a checkout: the package `benchmarks` beside this folder is not part of the wheel.
+Runs only in a checkout: the package `benchmarks` is not part of the wheel.
 """
 
 import argparse
@@ -44,10 +44,10 @@ from mmslide.deploy.graphs import PARTS
 from mmslide.files import find_config
 from mmslide.messages import INPUT_ERRORS, exit_on, message
 
-# What ends one measurement but not those of the others; the last if results differ or memory is short.
+# Errors that stop one measurement but not the others; RuntimeError if results differ or memory is insufficient.
 ERRORS = (*INPUT_ERRORS, RuntimeError)
 
-# Height, width, channels, heads: stages that attend with Slide Attention, at detection's sizes.
+# Height, width, channels, heads: stages with Slide Attention, at the sizes of detection.
 MAPS = ['200x320x64x1', '100x160x128x2', '200x200x96x3', '100x100x192x6']
 # Those of NAT-T and NAT-Mini.
 NEIGHBORHOOD_MAPS = ['200x320x64x2', '100x160x128x4', '50x80x256x8', '25x40x512x16']
@@ -56,7 +56,7 @@ SIDES = (224, 400, 448, 800, 896, 1600)
 
 def main() -> None:
     args = parse_args()
-    MMLogger.get_current_instance().setLevel('WARNING')  # loading the baselines' weights is no news
+    MMLogger.get_current_instance().setLevel('WARNING')  # hides messages about loading the baselines' weights
     console = Console(width=max(150, Console().width))
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -82,17 +82,17 @@ def run_in_torch(args: argparse.Namespace, console: Console) -> Iterator[dict]:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     measuring = argparse.ArgumentParser(add_help=False)
-    measuring.add_argument('--threads', type=int, default=2, help='of the CPU')
-    measuring.add_argument('--seconds', type=float, default=4.0, help='how long each pair is measured at least')
-    measuring.add_argument('--json', type=Path, metavar='FILE', help='write the figures there too')
+    measuring.add_argument('--threads', type=int, default=2, help='CPU threads')
+    measuring.add_argument('--seconds', type=float, default=4.0, help='minimum time to measure each pair')
+    measuring.add_argument('--json', type=Path, metavar='FILE', help='also write the results to this file')
     common = argparse.ArgumentParser(add_help=False, parents=[measuring])
     common.add_argument('--training', action='store_true', help='forward and backward instead of inference')
-    common.add_argument('--batch', type=int, default=1, help='images a step')
+    common.add_argument('--batch', type=int, default=1, help='images per step')
     common.add_argument('--dtype', choices=['float32', 'float16', 'bfloat16'], default='float32')
     common.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     plot = argparse.ArgumentParser(add_help=False)
-    plot.add_argument('--plot', type=Path, metavar='FILE', help='measure at growing sizes instead, and draw the cost')
-    plot.add_argument('--backend', help='of Slide Attention in ours, as of mmslide.ops.slide_attention; its own choice')
+    plot.add_argument('--plot', type=Path, metavar='FILE', help='measure at increasing sizes and plot the cost')
+    plot.add_argument('--backend', help='backend of Slide Attention, see mmslide.ops.slide_attention')
 
     commands = parser.add_subparsers(dest='command', required=True)
 
@@ -103,39 +103,39 @@ def parse_args() -> argparse.Namespace:
         return parser
 
     maps = sizes(MAPS, kernel_size=3)
-    op = commands.add_parser('op', parents=[common, plot, maps], help='Slide Attention alone')
+    op = commands.add_parser('op', parents=[common, plot, maps], help='only Slide Attention')
     op.add_argument('--baseline', default='two-path', help='two-path, im2col, flex or a backend; default: %(default)s')
     commands.add_parser(
         'neighborhood',
         parents=[common, sizes(NEIGHBORHOOD_MAPS, kernel_size=7)],
-        help='neighborhood attention beside a gather of all windows',
+        help='neighborhood attention, compared with gathering all windows',
     )
-    backbone = commands.add_parser('backbone', parents=[common, plot], help="beside mmdet's, mmseg's or a plain one")
+    backbone = commands.add_parser('backbone', parents=[common, plot], help="and mmdet's, mmseg's or a plain one")
     backbone.add_argument('names', nargs='*', choices=[[], *BACKBONES], help='default: all')
-    backbone.add_argument('--with-cp', action='store_true', help='in backbones of mmslide: what it saves in training')
-    onnx = commands.add_parser('onnx', parents=[measuring, maps], help='fused beside two-path, in onnxruntime')
-    onnx.add_argument('--mlp-ratio', type=float, default=0, help='of a transformer block; default: attention alone')
-    exported = commands.add_parser('exported', parents=[measuring], help='one config or two, exported, in each runtime')
+    backbone.add_argument('--with-cp', action='store_true', help='use with_cp in backbones of mmslide')
+    onnx = commands.add_parser('onnx', parents=[measuring, maps], help='fused compared with two-path, in onnxruntime')
+    onnx.add_argument('--mlp-ratio', type=float, default=0, help='of a transformer block; default: only attention')
+    exported = commands.add_parser('exported', parents=[measuring], help='one or two exported configs, in each runtime')
     exported.add_argument('config')
-    exported.add_argument('baseline', nargs='?', help='config of the other side')
+    exported.add_argument('baseline', nargs='?', help='config of the baseline')
     exported.add_argument(
-        '--runtimes', nargs='+', choices=list(available_runtimes()), help='default: all that are here'
+        '--runtimes', nargs='+', choices=list(available_runtimes()), help='default: all that are installed'
     )
     exported.add_argument('--part', choices=PARTS, default='backbone', help='default: %(default)s')
     model = commands.add_parser('model', parents=[common], help='two configs')
     model.add_argument('config')
-    model.add_argument('baseline', help='config of the other side')
+    model.add_argument('baseline', help='config of the baseline')
     for command in (backbone, exported, model):
         command.add_argument('--shape', type=int, nargs=2, default=(800, 1280), metavar=('HEIGHT', 'WIDTH'))
     args = parser.parse_args()
     args.plot = getattr(args, 'plot', None)
     if args.plot and args.command == 'backbone' and len(args.names) > 1:
-        parser.error(f'--plot draws one backbone, got {" ".join(args.names)}')
+        parser.error(f'--plot supports a single backbone, got {" ".join(args.names)}')
     return args
 
 
 def pairs(args: argparse.Namespace, settings: dict) -> Iterator[tuple[str, Callable[[], Pair]]]:
-    """A name of each pair, and what builds it."""
+    """The name of each pair and a function that builds it."""
     if args.command == 'op':
         for text in args.maps:
             yield text, partial(op_pair, *map(int, text.split('x')), **op_settings(args, settings))
@@ -153,7 +153,7 @@ def pairs(args: argparse.Namespace, settings: dict) -> Iterator[tuple[str, Calla
 
 
 def read_config(name: str) -> Config:
-    """A file, one of mmslide's, or another package's as mmengine names it: mmdet::swin/NAME.py."""
+    """A config file, one of mmslide's, or another package's in mmengine's notation: mmdet::swin/NAME.py."""
     return get_config(name) if '::' in name else Config.fromfile(find_config(name))
 
 
@@ -162,7 +162,7 @@ def op_settings(args: argparse.Namespace, settings: dict) -> dict:
 
 
 def run_pairs(args: argparse.Namespace, settings: dict, what: str, console: Console) -> Iterator[dict]:
-    """Prints and yields each pair as soon as it is measured; those that fail are named at the end.
+    """Prints and yields each pair as soon as it is measured; failures are listed at the end.
 
     Raises:
         RuntimeError: some failed.
@@ -171,7 +171,7 @@ def run_pairs(args: argparse.Namespace, settings: dict, what: str, console: Cons
     print(
         f'{what}. Copies: {machine.copy_rate / 1e9:.1f} GB/s, matrix products: {machine.matrix_rate / 1e9:.0f} Gop/s.'
     )
-    print('× floor: our time over what this machine needs at least for the bytes and operations\n')
+    print('× floor: our time divided by the minimum for the bytes and operations on this machine\n')
     columns = ['ours ms', 'baseline ms', 'ratio', 'images/s', '× floor', 'ours MB', 'baseline MB', 'ratio']
     if args.training:
         columns += ['ours kept MB', 'baseline kept MB', 'ratio']
@@ -197,7 +197,7 @@ def run_pairs(args: argparse.Namespace, settings: dict, what: str, console: Cons
 
 
 def print_row(names: Sequence[str], cells: Sequence[str], columns: Sequence[str]) -> None:
-    """The names to the left, the cells below the names of their columns."""
+    """Prints the names at the left, and the cells below the names of their columns."""
     aligned = [f'{cell:>{max(len(column), 6)}}' for cell, column in zip(cells, columns, strict=True)]
     print(*(f'{name:30}' for name in names), *aligned, sep='  ', flush=True)
 

@@ -1,4 +1,4 @@
-"""Checks every file of a config's data sets, and draws what the training pipeline makes of them."""
+"""Checks every file of a config's data sets, and draws the output of the training pipeline."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from mmslide.messages import INPUT_ERRORS, exit_on
 
 LOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
 MAX_PROBLEMS = 20
-CLASSIFIED_SIDE = 256  # pixels of the short side, for labels that can be read
+CLASSIFIED_SIDE = 256  # pixels of the short side, for readable labels
 
 
 def summary(check: DatasetCheck) -> Table:
@@ -29,7 +29,7 @@ def summary(check: DatasetCheck) -> Table:
 
 
 def draw(config: Config, folder: str, number: int) -> None:
-    """Draws samples of the training data set, taken evenly from all of it, after its augmentation.
+    """Draws evenly spaced samples of the training data set after augmentation.
 
     Raises:
         ValueError: the config has no training data, or no visualizer.

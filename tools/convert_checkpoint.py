@@ -1,4 +1,4 @@
-"""Writes a checkpoint in another layout: `python tools/convert_checkpoint.py IN OUT --to authors`."""
+"""Converts a checkpoint to another layout: `python tools/convert_checkpoint.py IN OUT --to authors`."""
 
 import argparse
 
@@ -10,14 +10,14 @@ from mmslide.weights.layouts import TARGETS
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description='Write a checkpoint in another layout.')
-    parser.add_argument('checkpoint', metavar='IN', help='file or URL, in any layout that mmslide can start from')
+    parser = argparse.ArgumentParser(description='Convert a checkpoint to another layout.')
+    parser.add_argument('checkpoint', metavar='IN', help='file or URL, in any supported layout')
     parser.add_argument('out', metavar='OUT', help='file to write; NAME.safetensors for that format')
     parser.add_argument(
         '--to',
         choices=TARGETS,
         default='mmslide',
-        help='layout of OUT; every backbone has mmslide, and some have others',
+        help='layout of OUT; all backbones support mmslide, some also others',
     )
     args = parser.parse_args()
     with exit_on(*INPUT_ERRORS):

@@ -1,11 +1,11 @@
-"""Checks this machine: versions, compiled kernels, devices. `python tools/doctor.py [--json]`"""
+"""Checks the installation: versions, compiled kernels, devices. `python tools/doctor.py [--json]`"""
 
 import runpy
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-# Not imported as mmslide.doctor, since `import mmslide` fails where a package does not fit.
+# Not imported as mmslide.doctor, since `import mmslide` fails if a package is incompatible.
 spec = find_spec('mmslide')
 if spec is None or spec.origin is None:
     sys.exit("error: mmslide is not installed in this Python. Run: pip install '.'")

@@ -9,19 +9,19 @@ from mmslide.messages import INPUT_ERRORS, exit_on
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description='Export a trained model, fused and compared with PyTorch.')
-    parser.add_argument('config', metavar='CONFIG', help='config file, of the training or of a fused checkpoint')
+    parser = argparse.ArgumentParser(description='Fuse and export a trained model, and compare it with PyTorch.')
+    parser.add_argument('config', metavar='CONFIG', help='config file for training, or of a fused checkpoint')
     parser.add_argument('checkpoint', metavar='CHECKPOINT', help='file or URL of the weights')
     formats = ', '.join(f'{suffix} ({target.runtime})' for suffix, target in TARGETS.items())
-    parser.add_argument('out', metavar='OUT', help=f'file to write; its suffix chooses the format: {formats}')
+    parser.add_argument('out', metavar='OUT', help=f'file to write; its suffix selects the format: {formats}')
     parser.add_argument('--part', choices=PARTS, default='model', help='what to export; default: the whole model')
     parser.add_argument('--shape', type=int, nargs=2, required=True, metavar=('HEIGHT', 'WIDTH'), help='in pixels')
-    parser.add_argument('--dynamic', action='store_true', help='for every size from 32 pixels a side, not for one')
-    parser.add_argument('--images', nargs='+', default=[], metavar='FILE', help='images to compare the results on too')
-    parser.add_argument('--precision', help='fp32, fp16 or int8, as far as the format has it; default: its first')
-    parser.add_argument('--calibration', metavar='DIR', help='folder of images that int8 takes its ranges from')
+    parser.add_argument('--dynamic', action='store_true', help='support any size of at least 32 pixels per side')
+    parser.add_argument('--images', nargs='+', default=[], metavar='FILE', help='more images to compare the results on')
+    parser.add_argument('--precision', help='fp32, fp16 or int8, depending on the format; default: its first')
+    parser.add_argument('--calibration', metavar='DIR', help='folder of images to calibrate int8 with')
     args = parser.parse_args()
-    with exit_on(*INPUT_ERRORS, RuntimeError):  # the last if the runtime's results differ
+    with exit_on(*INPUT_ERRORS, RuntimeError):  # RuntimeError if the runtime's results differ
         lines = export(
             args.config,
             args.checkpoint,

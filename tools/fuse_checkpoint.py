@@ -1,4 +1,4 @@
-"""Writes a checkpoint fused for inference, and its config: `python tools/fuse_checkpoint.py CONFIG CHECKPOINT OUT`."""
+"""Fuses a checkpoint for inference and writes its config: `python tools/fuse_checkpoint.py CONFIG CHECKPOINT OUT`."""
 
 import argparse
 
@@ -7,8 +7,8 @@ from mmslide.messages import INPUT_ERRORS, exit_on
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description='Write a checkpoint fused for inference, and its config beside it.')
-    parser.add_argument('config', metavar='CONFIG', help='config file of the training')
+    parser = argparse.ArgumentParser(description='Fuse a checkpoint for inference, and write a config for it.')
+    parser.add_argument('config', metavar='CONFIG', help='config file used for training')
     parser.add_argument('checkpoint', metavar='CHECKPOINT', help='file or URL of the trained weights')
     parser.add_argument('out', metavar='OUT', help='file to write, NAME.pth; the config becomes NAME.py')
     args = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Counts the multiply-adds and parameters of a whole model: `python tools/get_flops.py CONFIG`."""
+"""Counts the multiply-adds and parameters of a model: `python tools/get_flops.py CONFIG`."""
 
 from rich.console import Console
 
@@ -8,13 +8,13 @@ from mmslide.messages import INPUT_ERRORS, exit_on
 
 
 def main() -> None:
-    parser = config_parser('Count the multiply-adds and parameters of a whole model.')
+    parser = config_parser('Count the multiply-adds and parameters of a model.')
     parser.add_argument(
         '--shape',
         type=int,
         nargs=2,
         metavar=('HEIGHT', 'WIDTH'),
-        help='of the image in pixels (default: detection 800 1280, segmentation 512 2048, classification 224 224)',
+        help='image size in pixels (default: detection 800 1280, segmentation 512 2048, classification 224 224)',
     )
     with exit_on(*INPUT_ERRORS):
         args = parser.parse_args()

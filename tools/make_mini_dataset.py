@@ -1,4 +1,4 @@
-"""Makes a small COCO, ADE20K and ImageNet look-alike of drawn shapes, for demos and tests that must run anywhere."""
+"""Generates small data sets of drawn shapes in the formats of COCO, ADE20K and ImageNet, for demos and tests."""
 
 import argparse
 import json
@@ -12,9 +12,9 @@ import numpy as np
 from numpy.random import Generator
 from pycocotools import mask as rle
 
-# Goes up whenever the same settings give other files.
+# Increased whenever the same settings give different files.
 VERSION = 2
-# Shape, and folder in ImageNet's layout: the COCO category and the ADE20K class (number and name) it stands for.
+# Shape, and folder in ImageNet's layout: its COCO category and its ADE20K class (number and name).
 SHAPES = {
     'disk': ('sports ball', 120, 'ball'),
     'rectangle': ('tv', 42, 'box'),
@@ -23,13 +23,13 @@ SHAPES = {
 WALL = 1  # the ADE20K class of the background
 MIN_SIZE = 32
 MAX_OBJECTS = 5
-# An object with less of its area in sight is left out: nobody could tell its shape.
+# Objects with a smaller visible part of their area are dropped: their shape could not be recognized.
 MIN_VISIBLE = 0.2
 MIN_VISIBLE_PIXELS = 16
 SPLITS = {'train': 'training', 'val': 'validation'}
 SETTINGS_FILE = 'mini_dataset.json'
 
-# Supercategory: categories in COCO's order. Their ids run from 1 over all of them, with these numbers left out.
+# Supercategory: categories in COCO's order. Ids count from 1 over all of them, skipping these numbers.
 COCO_UNUSED_IDS = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)
 COCO_CATEGORIES = {
     'person': 'person',
@@ -53,21 +53,21 @@ COCO_CATEGORIES = {
 def make_mini_dataset(
     out_dir: str | Path, seed: int = 0, num_train: int = 1600, num_val: int = 128, size: int = 160
 ) -> bool:
-    """Draws the data set into a new folder, which appears only when it is complete.
+    """Generates the data set in a new folder, which is created only when it is complete.
 
-    Below out_dir, `coco/` is laid out like COCO 2017 and `ade/` like ADE20K; both show the same scenes. `imagenet/` is
-    laid out like ImageNet and shows single shapes. Same settings give the same files, and image i of a split does not
-    depend on how many there are.
+    In out_dir, `coco/` has the layout of COCO 2017 and `ade/` that of ADE20K; both show the same scenes. `imagenet/`
+    has the layout of ImageNet and shows single shapes. The same settings give the same files, and image i of a split
+    does not depend on the number of images.
 
     Args:
         size: height and width of the images in pixels, at least 32.
 
     Returns:
-        False when out_dir already holds this data set, so that nothing was done.
+        False if out_dir already has this data set and nothing was done.
 
     Raises:
         ValueError: a number is out of range.
-        FileExistsError: out_dir holds something else.
+        FileExistsError: out_dir contains something else.
     """
     for name, value, least in (
         ('seed', seed, 0),
@@ -87,11 +87,11 @@ def make_mini_dataset(
         if found == settings:
             return False
         what = f'a data set with other settings: {found}' if found else 'something else'
-        raise FileExistsError(f'{out} already holds {what}; remove it or name another folder')
+        raise FileExistsError(f'{out} already contains {what}; remove it or choose another folder')
 
     out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f'.{out.name}-unfinished-', dir=out.parent) as temporary:
-        # A folder inside, because a temporary one is closed to other users.
+        # A folder inside, because temporary folders are not accessible to other users.
         root = Path(temporary) / 'root'
         for index, (split, count) in enumerate((('train', num_train), ('val', num_val))):
             _write_split(root, split, count, [seed, index], size)
@@ -102,17 +102,17 @@ def make_mini_dataset(
 
 
 def draw_scene(rng: Generator, size: int) -> tuple[np.ndarray, list[tuple[str, np.ndarray]]]:
-    """One image and what can be seen in it.
+    """One image and its visible objects.
 
     Returns:
-        The image, uint8 (size, size, 3), and for each object, from the bottom to the top, its shape's name and the
-        bool mask (size, size) of its visible part. No two masks overlap.
+        The image, uint8 (size, size, 3), and for each object, from bottom to top, the name of its shape and the bool
+        mask (size, size) of its visible part. Masks do not overlap.
     """
     objects: list[tuple[str, np.ndarray]] = []
     for _ in range(rng.integers(1, MAX_OBJECTS + 1)):
         shape = rng.choice(list(SHAPES)).item()
         objects.append((shape, _draw_shape(rng, shape, size)))
-    # From the top to the bottom. An object left out hides nothing of those below.
+    # From top to bottom. Dropped objects do not hide those below.
     covered = np.zeros((size, size), bool)
     visible = []
     for shape, mask in reversed(objects):
@@ -125,8 +125,8 @@ def draw_scene(rng: Generator, size: int) -> tuple[np.ndarray, list[tuple[str, n
 
 
 def draw_single_shape(rng: Generator, shape: str, size: int) -> np.ndarray:
-    """An image, uint8 (size, size, 3), of one large and whole shape, which is lighter than the background: one label an
-    image teaches less than boxes and masks do.
+    """An image, uint8 (size, size, 3), of one large, complete shape that is lighter than the background, since one
+    label per image is a weaker training signal than boxes and masks.
     """
     while True:
         mask = _draw_shape(rng, shape, size, least=0.2)
@@ -141,8 +141,8 @@ def _paint(
     dark: tuple[int, int] = (0, 255),
     light: tuple[int, int] = (0, 255),
 ) -> np.ndarray:
-    """An image of shapes with colours in the range `light` on a background with colours in the range `dark`."""
-    # Colours and textures come from one distribution for all shapes: they say nothing of the class.
+    """An image of shapes with colors in the range `light` on a background with colors in the range `dark`."""
+    # Colors and textures have the same distribution for all shapes, so they carry no class information.
     image, strength = _texture(rng, size, dark)
     noise = np.full((size, size), strength, np.float32)
     for mask in masks:
@@ -154,14 +154,14 @@ def _paint(
 
 
 def coco_categories() -> list[dict]:
-    """COCO's 80 categories as its json lists them: id, name, supercategory."""
+    """COCO's 80 categories as in its JSON files: id, name, supercategory."""
     names = [(name, above) for above, line in COCO_CATEGORIES.items() for name in line.split(', ')]
     ids = [number for number in range(1, 91) if number not in COCO_UNUSED_IDS]
     return [dict(supercategory=above, id=number, name=name) for number, (name, above) in zip(ids, names, strict=True)]
 
 
 def _draw_shape(rng: Generator, shape: str, size: int, least: float = 0.08) -> np.ndarray:
-    """The whole shape, before anything hides it: bool (size, size). Its radius is at least `least` of the image."""
+    """The complete shape, before occlusion: bool (size, size). Its radius is at least `least` of the image."""
     mask = np.zeros((size, size), np.uint8)
     radius = size * math.exp(rng.uniform(math.log(least), math.log(0.3)))
     center = rng.uniform(0.1 * size, 0.9 * size, 2)
@@ -169,19 +169,19 @@ def _draw_shape(rng: Generator, shape: str, size: int, least: float = 0.08) -> n
         cv2.circle(mask, center.round().astype(int).tolist(), round(radius), 1, cv2.FILLED)
         return mask.astype(bool)
     if shape == 'rectangle':
-        half = math.atan(rng.uniform(0.5, 1))  # of the angle between the diagonals
+        half = math.atan(rng.uniform(0.5, 1))  # half the angle between the diagonals
         angles = np.array([half, math.pi - half, math.pi + half, -half])
     else:
         angles = np.arange(3) * 2 * math.pi / 3 + rng.uniform(-0.4, 0.4, 3)
     angles += rng.uniform(0, 2 * math.pi)
-    # A corner is further out than a disk's rim, for areas of the same order.
+    # Corners are further out than a disk's rim, for areas of similar size.
     corners = center + 1.25 * radius * np.stack([np.cos(angles), np.sin(angles)], axis=1)
     cv2.fillPoly(mask, [corners.round().astype(np.int32)], 1)
     return mask.astype(bool)
 
 
 def _texture(rng: Generator, size: int, colors: tuple[int, int]) -> tuple[np.ndarray, float]:
-    """A surface in two colours, float32 (size, size, 3), and the standard deviation of its noise."""
+    """A surface in two colors, float32 (size, size, 3), and the standard deviation of its noise."""
     first, second = rng.uniform(*colors, (2, 3)).astype(np.float32)
     angle, period = rng.uniform(0, math.pi), size * rng.uniform(0.04, 0.2)
     y, x = np.mgrid[:size, :size].astype(np.float32)
@@ -254,11 +254,11 @@ def _jpeg(image: np.ndarray) -> bytes:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('out_dir', help='folder to make; the demo configs expect data/mini')
+    parser.add_argument('out_dir', help='folder to create; the demo configs expect data/mini')
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--num-train', type=int, default=1600, help='training images (default: %(default)s)')
     parser.add_argument('--num-val', type=int, default=128, help='validation images (default: %(default)s)')
-    parser.add_argument('--size', type=int, default=160, help='pixels a side (default: %(default)s)')
+    parser.add_argument('--size', type=int, default=160, help='pixels per side (default: %(default)s)')
     args = parser.parse_args()
     try:
         made = make_mini_dataset(**vars(args))
@@ -267,7 +267,7 @@ def main() -> None:
     if made:
         print(f'{args.out_dir}: {args.num_train} training and {args.num_val} validation images')
     else:
-        print(f'{args.out_dir}: already there, nothing to do')
+        print(f'{args.out_dir}: already exists, nothing to do')
 
 
 if __name__ == '__main__':

@@ -8,11 +8,11 @@ from mmslide.predict import predict
 def main() -> None:
     parser = config_parser('Predict on images and videos with a trained detector, segmentor or classifier.')
     parser.add_argument('checkpoint', help='checkpoint file or URL')
-    parser.add_argument('inputs', nargs='+', metavar='INPUT', help='image, folder of images, pattern or video')
-    parser.add_argument('--out', required=True, metavar='DIR', help='folder to write, new or empty')
-    parser.add_argument('--score-thr', type=float, default=0.3, help='of detections (default: %(default)s)')
+    parser.add_argument('inputs', nargs='+', metavar='INPUT', help='image, folder of images, glob pattern or video')
+    parser.add_argument('--out', required=True, metavar='DIR', help='output folder, new or empty')
+    parser.add_argument('--score-thr', type=float, default=0.3, help='minimum score (default: %(default)s)')
     parser.add_argument('--device', help='cpu, cuda:1, ...; default: a GPU if there is one')
-    parser.add_argument('--no-draw', action='store_true', help='write no drawn images, the predictions alone')
+    parser.add_argument('--no-draw', action='store_true', help='do not draw images, only write the predictions')
     args = parser.parse_args()
     with exit_on(*INPUT_ERRORS):
         config = config_with_options(args.config, args.cfg_options)

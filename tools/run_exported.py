@@ -1,7 +1,7 @@
 """Runs an exported model: `python tools/run_exported.py MODEL IMAGE OUT.png`.
 
 Neither mmslide nor PyTorch is imported, unless the format needs PyTorch. On a machine without mmslide, copy the folder
-mmslide/deploy/targets beside this script.
+mmslide/deploy/targets next to this script.
 """
 
 import argparse
@@ -16,12 +16,12 @@ import numpy as np
 
 package = find_spec('mmslide')
 beside = [Path(package.origin).parent / 'deploy'] if package and package.origin else []
-sys.path[1:1] = map(str, beside)  # the package `targets` alone, since mmslide imports PyTorch
+sys.path[1:1] = map(str, beside)  # only the package `targets`, since mmslide imports PyTorch
 
 from targets import TARGETS, find_target  # noqa: E402
 from targets.images import prepare, read_image  # noqa: E402
 
-COLOURS = np.random.default_rng(0).integers(0, 256, (256, 3))  # of the classes, again and again
+COLOURS = np.random.default_rng(0).integers(0, 256, (256, 3))  # of the classes, repeated
 
 
 def fail(message: str) -> NoReturn:
@@ -30,9 +30,9 @@ def fail(message: str) -> NoReturn:
 
 
 def draw_labels(image: np.ndarray, labels: np.ndarray, size: tuple[int, int], names: Sequence) -> None:
-    """Every pixel in the colour of its class; prints how many pixels which class has."""
+    """Draws every pixel in the color of its class; prints the number of pixels of each class."""
     height, width = size
-    # OpenCV resizes no integers above 16 bits.
+    # OpenCV cannot resize integers above 16 bits.
     resized = cv2.resize(labels[0, :height, :width].astype(np.float32), image.shape[1::-1], interpolation=0)
     labels = resized.astype(int)
     image[:] = (image + COLOURS[labels % len(COLOURS)]) // 2
@@ -42,7 +42,7 @@ def draw_labels(image: np.ndarray, labels: np.ndarray, size: tuple[int, int], na
 
 
 def draw_detections(image: np.ndarray, found: dict, size: tuple[int, int], names: Sequence, score_thr: float) -> None:
-    """Masks, boxes, classes and scores, the best on top; prints them."""
+    """Draws masks, boxes, classes and scores, the best on top; prints them."""
     height, width = image.shape[:2]
     boxes = found['boxes'] * np.tile([width / size[1], height / size[0]], 2)
     boxes = np.minimum(boxes, [width, height, width, height])
@@ -51,7 +51,7 @@ def draw_detections(image: np.ndarray, found: dict, size: tuple[int, int], names
         label, (x1, y1, x2, y2) = found['labels'][row], boxes[row].tolist()
         colour = COLOURS[label % len(COLOURS)].tolist()
         if 'masks' in found:
-            mask = found['masks'][row]  # over the box, a pixel's value standing in its middle
+            mask = found['masks'][row]  # over the box, with values at pixel centers
             x, y = mask.shape[1] / max(x2 - x1, 1), mask.shape[0] / max(y2 - y1, 1)
             into_box = np.array([[x, 0, (0.5 - x1) * x - 0.5], [0, y, (0.5 - y1) * y - 0.5]])
             inside = cv2.warpAffine(mask, into_box, (width, height), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
@@ -63,7 +63,7 @@ def draw_detections(image: np.ndarray, found: dict, size: tuple[int, int], names
 
 
 def draw_scores(image: np.ndarray, scores: np.ndarray, names: Sequence) -> None:
-    """The five best classes of an image; prints them."""
+    """Draws the top five classes of an image; prints them."""
     for row, label in enumerate(np.argsort(-scores[0])[:5]):
         text = f'{names[label]} {scores[0, label]:.3f}'
         cv2.putText(image, text, (2, 12 * (row + 1)), cv2.FONT_HERSHEY_SIMPLEX, 0.35, (0, 255, 0))
@@ -71,11 +71,11 @@ def draw_scores(image: np.ndarray, scores: np.ndarray, names: Sequence) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description='Draw what an exported model sees in an image.')
-    parser.add_argument('model', metavar='MODEL', help=f'file of tools/export.py: {", ".join(TARGETS)}')
-    parser.add_argument('image', metavar='IMAGE', help='image to look at')
-    parser.add_argument('out', metavar='OUT', help='image to write')
-    parser.add_argument('--score-thr', type=float, default=0.3, help='of detections (default: %(default)s)')
+    parser = argparse.ArgumentParser(description='Draw the predictions of an exported model on an image.')
+    parser.add_argument('model', metavar='MODEL', help=f'file written by tools/export.py: {", ".join(TARGETS)}')
+    parser.add_argument('image', metavar='IMAGE', help='input image')
+    parser.add_argument('out', metavar='OUT', help='output image')
+    parser.add_argument('--score-thr', type=float, default=0.3, help='minimum score (default: %(default)s)')
     args = parser.parse_args()
 
     if not Path(args.model).exists():
@@ -93,9 +93,9 @@ def main() -> None:
         fail(str(error))
     about = runner.metadata
     if 'part' not in about:
-        fail(f'{args.model} was not written by tools/export.py: it does not say how to prepare images')
+        fail(f'{args.model} was not written by tools/export.py: it has no preprocessing metadata')
     if about['part'] != 'model':
-        fail(f'{args.model} holds the {about["part"]} alone, which finds nothing by itself')
+        fail(f'{args.model} contains only the {about["part"]}, which has no predictions')
 
     try:
         x, size = prepare(image, about)
@@ -112,10 +112,10 @@ def main() -> None:
         fail(f'{args.model} cannot be run on {args.image}: {reason}')
     try:
         written = cv2.imwrite(args.out, image)
-    except cv2.error:  # no format is known by this name
+    except cv2.error:  # unknown image format
         written = False
     if not written:
-        fail(f'cannot write an image to {args.out}')
+        fail(f'cannot write image {args.out}')
 
 
 if __name__ == '__main__':

@@ -8,10 +8,10 @@ from mmslide.messages import INPUT_ERRORS, exit_on
 def main() -> None:
     parser = engine.argument_parser('Test a detector, segmentor or classifier')
     parser.add_argument('checkpoint', help='checkpoint file')
-    parser.add_argument('--out', help='predictions: a .pkl file, for segmentation a folder of label maps')
+    parser.add_argument('--out', help='write predictions: a .pkl file; for segmentation, a folder of label maps')
     parser.add_argument('--show', action='store_true', help='show predictions in a window')
-    parser.add_argument('--show-dir', help='folder for images of predictions beside the ground truth')
-    parser.add_argument('--wait-time', type=float, default=2, help='seconds between the windows of --show')
+    parser.add_argument('--show-dir', help='folder for images with predictions next to the ground truth')
+    parser.add_argument('--wait-time', type=float, default=2, help='seconds to show each image with --show')
     parser.add_argument('--tta', action='store_true', help='test-time augmentation')
     with exit_on(*INPUT_ERRORS):
         args = parser.parse_args()

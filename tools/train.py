@@ -8,13 +8,13 @@ from mmslide.messages import INPUT_ERRORS, exit_on
 def main() -> None:
     parser = engine.argument_parser('Train a detector, segmentor or classifier')
     parser.add_argument('--amp', action='store_true', help='mixed precision')
-    parser.add_argument('--auto-scale-lr', action='store_true', help='scale the learning rate with the batch size')
+    parser.add_argument('--auto-scale-lr', action='store_true', help='scale the learning rate to the batch size')
     parser.add_argument(
         '--resume',
         nargs='?',
         const='auto',
         metavar='FILE',
-        help='continue from a checkpoint; without FILE from the last whole one in the work dir',
+        help='resume from a checkpoint; without FILE, from the last undamaged one in the work dir',
     )
     with exit_on(*INPUT_ERRORS):
         args = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Draws what a trained model has learned: `python tools/visualize.py CONFIG CHECKPOINT IMAGE... --out DIR`."""
+"""Visualizes what a trained model has learned: `python tools/visualize.py CONFIG CHECKPOINT IMAGE... --out DIR`."""
 
 import argparse
 from collections.abc import Iterator
@@ -27,15 +27,15 @@ def parse_point(text: str) -> tuple[float, float]:
     except ValueError:
         x = y = -1.0
     if not (0 <= x <= 1 and 0 <= y <= 1):
-        raise argparse.ArgumentTypeError(f'must be X,Y, shares of the width and the height from 0 to 1, got {text!r}')
+        raise argparse.ArgumentTypeError(f'must be X,Y, fractions of width and height from 0 to 1, got {text!r}')
     return x, y
 
 
 def chosen_kinds(args: argparse.Namespace, has_slide_attention: bool) -> list[str]:
-    """What to draw: --kinds, or everything for which there are images and Slide Attention.
+    """The kinds to draw: --kinds, or everything possible with the given images and model.
 
     Raises:
-        ValueError: an option asks for what the model or the arguments lack, or nothing is left to draw.
+        ValueError: an option needs something that the model or the arguments lack, or there is nothing to draw.
     """
     problems = {} if args.images else dict.fromkeys(IMAGE_KINDS, 'no image is given')
     if not has_slide_attention:
@@ -47,7 +47,7 @@ def chosen_kinds(args: argparse.Namespace, has_slide_attention: bool) -> list[st
     if not kinds:
         raise ValueError(f'nothing to draw: no image is given, and {NO_SLIDE_ATTENTION}')
     if args.host_checkpoint and not ('erf' in kinds and has_slide_attention):
-        raise ValueError('--host-checkpoint is compared with a model with Slide Attention, by the kind erf')
+        raise ValueError('--host-checkpoint needs the kind erf and a model with Slide Attention')
     return kinds
 
 
@@ -63,7 +63,7 @@ def draw(args: argparse.Namespace) -> Iterator[tuple[str, Figure]]:
     blocks = [name for name in visualize.slide_attentions(backbone) if name.startswith(prefixes)]
     kinds = chosen_kinds(args, bool(blocks))
     for image in args.images:
-        read_image(image)  # those that are no images are named before the work
+        read_image(image)  # reports invalid images before doing any work
     if 'kernels' in kinds:
         kernels = visualize.merged_kernels(backbone)
         yield 'kernels', figures.kernel_figure({name: kernels[name] for name in blocks})
@@ -113,31 +113,31 @@ def draw(args: argparse.Namespace) -> Iterator[tuple[str, Figure]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description='Draw what a trained model has learned and what it looks at.')
+    parser = argparse.ArgumentParser(description='Visualize what a trained model has learned and what it attends to.')
     parser.add_argument('config', metavar='CONFIG', help='config file')
     parser.add_argument('checkpoint', metavar='CHECKPOINT', help='file or URL of the weights')
-    parser.add_argument('images', metavar='IMAGE', nargs='*', help='image files; the kernels need none')
-    parser.add_argument('--out', metavar='DIR', required=True, help='folder to write to')
-    parser.add_argument('--kinds', nargs='+', choices=KINDS, help='what to draw (default: all that the model has)')
-    parser.add_argument('--stages', nargs='+', type=int, help='from 0, as in slide_stages (default: all)')
+    parser.add_argument('images', metavar='IMAGE', nargs='*', help='image files; not needed for kernels')
+    parser.add_argument('--out', metavar='DIR', required=True, help='output folder')
+    parser.add_argument('--kinds', nargs='+', choices=KINDS, help='what to draw (default: everything that applies)')
+    parser.add_argument('--stages', nargs='+', type=int, help='stages from 0, as in slide_stages (default: all)')
     parser.add_argument(
         '--points',
         nargs='+',
         type=parse_point,
         default=[(0.5, 0.5)],
         metavar='X,Y',
-        help='where attention is drawn, as shares of the width and height of the image (default: 0.5,0.5)',
+        help='points whose attention is drawn, as fractions of width and height (default: 0.5,0.5)',
     )
     parser.add_argument(
         '--history',
         nargs='+',
         metavar='CHECKPOINT',
-        help='checkpoints of a training, or its folder: draws how far the kernels have moved from the fixed shift',
+        help='training checkpoints or their folder: plots the distance of the kernels from the fixed shift',
     )
     parser.add_argument('--host-checkpoint', metavar='CHECKPOINT', help='weights of the host, for its receptive field')
-    parser.add_argument('--channels', type=int, default=3, help='of each feature map (default: %(default)s)')
-    parser.add_argument('--targets', type=int, default=3, help='class activations of an image (default: %(default)s)')
-    parser.add_argument('--score-thr', type=float, default=0.3, help='of detections (default: %(default)s)')
+    parser.add_argument('--channels', type=int, default=3, help='channels per feature map (default: %(default)s)')
+    parser.add_argument('--targets', type=int, default=3, help='class activations per image (default: %(default)s)')
+    parser.add_argument('--score-thr', type=float, default=0.3, help='minimum score (default: %(default)s)')
     args = parser.parse_args()
     with exit_on(*INPUT_ERRORS):
         Path(args.out).mkdir(parents=True, exist_ok=True)

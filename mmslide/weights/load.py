@@ -18,15 +18,15 @@ from mmslide.registry import WEIGHT_INITIALIZERS
 
 from .layouts import fuse_slide_attention, to_mmslide
 
-# What a host's weights cannot have: Slide Attention's own parameters, which start as plain local attention, and the
-# norms of a backbone's outputs.
+# Not part of a host's weights: Slide Attention's own parameters, which are initialized to plain local attention, and
+# the norms of a backbone's outputs.
 OPTIONAL = re.compile(
     r'\.(shift_bias|deform_weight|deform_bias|fused_weight|fused_bias|relative_position_bias)$|^stages\.\d+\.norm\.'
 )
 
 
 def is_pretrained(init_cfg: Mapping[str, Any]) -> bool:
-    """Whether it names mmengine's initializer from a checkpoint, which is a class in a Python config."""
+    """Whether an init_cfg is mmengine's PretrainedInit, by name or (in Python configs) by class."""
     kind = init_cfg.get('type')
     return (WEIGHT_INITIALIZERS.get(kind) if isinstance(kind, str) else kind) is PretrainedInit
 
@@ -36,19 +36,19 @@ def load_pretrained(
 ) -> None:
     """Loads a checkpoint of any layout in `mmslide.weights.layouts` into a backbone.
 
-    Position embeddings and relative position bias tables are resized; for a model with deploy=True the two paths of
-    Slide Attention are merged. Missing, unexpected and resized keys are logged as one table.
+    Position embeddings and relative position bias tables are resized; for a model with deploy=True, the two paths of
+    Slide Attention are merged. Missing, unexpected and resized keys are logged as a table.
 
     Args:
         model: a backbone of this package.
         checkpoint: file or URL, see `read_state_dict`; its keys may begin with 'backbone.'.
-        prefix: load only keys that begin with it. None detects 'backbone.'.
+        prefix: load only keys that begin with this prefix. None detects 'backbone.'.
         map_location: as in `torch.load`.
 
     Raises:
         OSError, ImportError: the file cannot be read, see `mmslide.checkpoints.read_checkpoint`.
-        ValueError: it is damaged or no checkpoint, its weights are of another host or another size, or they are fused
-            and the model is not.
+        ValueError: it is damaged or not a checkpoint, its weights are of another host or size, or they are fused and
+            the model is not.
     """
     content = read_state_dict(checkpoint, map_location)
     if prefix is None:
@@ -73,21 +73,21 @@ def load_pretrained(
         for key in target
         if key in state and state[key].shape != target[key].shape
     ]
-    built = {_stage(key) for key in target}  # a backbone that puts out finer maps alone lacks the last stages
+    built = {_stage(key) for key in target}  # a backbone that returns only finer maps has no last stages
     foreign = sorted(_host_kinds(key for key in state if _stage(key) in built) - _host_kinds(target))
     if wrong or foreign or len(absent) > len(essential) // 2:
         if wrong:
             problem = f'{len(wrong)} shapes differ: {"; ".join(wrong[:3])}'
         elif foreign:
-            problem = f'it has {foreign[0]}, which this model has not'
+            problem = f'it has {foreign[0]}, which this model does not have'
         else:
-            problem = f'it lacks {len(absent)} of {len(essential)} parameters, {absent[:3]} among them'
+            problem = f'it lacks {len(absent)} of {len(essential)} parameters, such as {absent[:3]}'
         raise ValueError(
             f'{checkpoint} ({layout} layout) does not fit this {type(model).__name__}: {problem}. '
             'Check the arch and the host of the checkpoint.'
         )
     model.load_state_dict(state, strict=False)
-    groups = {'missing, own initial value': missing, 'unexpected, not used': unexpected, 'resized': resized}
+    groups = {'missing, keeps its initial value': missing, 'unexpected, not used': unexpected, 'resized': resized}
     table = key_table(groups if missing or unexpected or resized else {'all keys match': ['']})
     text = io.StringIO()
     Console(file=text, width=140).print(table)
@@ -99,12 +99,12 @@ def load_pretrained(
 
 
 def find_prefix(state: StateDict) -> str:
-    """What the backbone's keys begin with."""
+    """The prefix of the backbone's keys."""
     return 'backbone.' if any(key.startswith('backbone.') for key in state) else ''
 
 
 def key_table(groups: Mapping[str, Sequence[str]]) -> Table:
-    """For each group of keys one row for all that differ in their numbers only."""
+    """A table with one row in each group for all keys that differ only in their numbers."""
     table = Table()
     for column in ('', 'keys', 'number'):
         table.add_column(column)
@@ -124,9 +124,9 @@ def _block(key: str) -> str:
 
 
 def _place_last_norm(state: StateDict, target: StateDict) -> StateDict:
-    """A classifier's norm after the last stage, `norm` in most layouts, for a model that has such a norm alone.
+    """A classifier's norm after the last stage, `norm` in most layouts, for a model whose only norm this is.
 
-    It is not the norm of an output: those of detectors and segmentors start fresh, whoever wrote the checkpoint.
+    It is not the norm of an output: those of detectors and segmentors are always initialized from scratch.
     """
     last = max((_stage(key) for key in state if key.startswith('stages.')), default='')
     norm = f'{last}.norm.'
@@ -141,7 +141,7 @@ def _place_last_norm(state: StateDict, target: StateDict) -> StateDict:
 
 
 def _host_kinds(keys: Iterable[str]) -> set[str]:
-    """The keys that distinguish hosts: all but those of token mixers, without the numbers of stages and blocks."""
+    """The keys that distinguish hosts: all except those of token mixers, without stage and block numbers."""
     return {
         re.sub(r'(?<=^stages\.)\d+|(?<=\.blocks\.)\d+', '*', key)
         for key in keys
@@ -150,7 +150,7 @@ def _host_kinds(keys: Iterable[str]) -> set[str]:
 
 
 def _fit(state: StateDict, target: StateDict) -> tuple[StateDict, list[str]]:
-    """Brings a state dict in our layout to the shapes of one model: joins q and kv, resizes maps and tables."""
+    """Adapts a state dict in our layout to the shapes of a model: joins q and kv, resizes maps and tables."""
     state, resized = dict(state), []
     for key, wanted in target.items():
         split = key.replace('.attn.qkv.', '.attn.q.'), key.replace('.attn.qkv.', '.attn.kv.')
@@ -181,8 +181,8 @@ def _fit_map(value: Tensor, wanted: Tensor) -> Tensor:
         size = (height, width) if count in (height * width, height * width + 1) else (side, side)
         if count - size[0] * size[1] not in (0, 1):
             raise ValueError(
-                f'a position embedding of {count} positions fits neither the {height}×{width} map of this model nor a '
-                'square one: build the model with the pretrain_img_size of the checkpoint'
+                f'a position embedding with {count} positions fits neither the {height}×{width} map of this model nor '
+                'a square map: build the model with the pretrain_img_size of the checkpoint'
             )
         value = value[:, count - size[0] * size[1] :].unflatten(1, size)
     if value.shape == wanted.shape:
@@ -192,7 +192,7 @@ def _fit_map(value: Tensor, wanted: Tensor) -> Tensor:
 
 
 def _resize_table(value: Tensor, count: int) -> Tensor:
-    """A relative position bias table ((2w - 1)², heads) for another window."""
+    """A relative position bias table ((2w - 1)², heads) resized for another window."""
     old, new = int(len(value) ** 0.5), int(count**0.5)
     if old == new:
         return value

@@ -1,7 +1,7 @@
-"""Key layouts of checkpoints in the wild, each turned into ours by a pure function on a state dict.
+"""Key layouts of published checkpoints, each converted to ours by a pure function on a state dict.
 
-Buffers that the model computes itself are left out. Every other key that a layout's rules do not name (a classifier's,
-say) is passed through unchanged, so that the loader can report it.
+Buffers that the model computes itself are dropped. All other keys without a rule in a layout (such as a classifier's)
+are kept unchanged, so that the loader can report them.
 """
 
 import re
@@ -21,12 +21,12 @@ __all__ = ['FAMILIES', 'TARGETS', 'from_mmslide', 'fuse_slide_attention', 'slide
 
 OURS = Layout('mmslide', r'^stages\.\d+\.embed\.', dict)
 FAMILIES = (SWIN, PVT, PVTV2, CSWIN, NAT, TWINS)
-LAYOUTS = (OURS, *(layout for family in FAMILIES for layout in family.layouts))  # the first that fits is taken
+LAYOUTS = (OURS, *(layout for family in FAMILIES for layout in family.layouts))  # the first match is used
 TARGETS = list(dict.fromkeys(['mmslide', *(layout.target for layout in LAYOUTS if layout.target)]))
 
 
 def to_mmslide(state: StateDict) -> tuple[str, StateDict]:
-    """Recognises the layout from the keys: its name and the state dict in our layout.
+    """Detects the layout from the keys; returns its name and the state dict in our layout.
 
     Raises:
         ValueError: no layout has such keys.
@@ -41,18 +41,18 @@ def to_mmslide(state: StateDict) -> tuple[str, StateDict]:
 
 
 def from_mmslide(state: StateDict, target: str) -> StateDict:
-    """A state dict in our layout as one of `TARGETS`.
+    """Converts a state dict in our layout to one of `TARGETS`.
 
     Raises:
-        ValueError: the layout is unknown, or has no place for such weights.
+        ValueError: the layout is unknown, or does not support these weights.
     """
     if target not in TARGETS:
-        raise ValueError(f'weights can be turned into the layouts {TARGETS}, got {target!r}')
+        raise ValueError(f'weights can be converted to the layouts {TARGETS}, got {target!r}')
     if target == 'mmslide':
         return dict(state)
     slides = [key for key in state if key.endswith(('.attn.deform_weight', '.attn.fused_weight'))]
     if slides:
-        raise ValueError(f'the layout {target!r} has no place for Slide Attention, but there is {slides[0]}')
+        raise ValueError(f'the layout {target!r} does not support Slide Attention, got {slides[0]}')
     known = [
         (family, layout.from_mmslide)
         for family in FAMILIES
@@ -62,7 +62,7 @@ def from_mmslide(state: StateDict, target: str) -> StateDict:
     convert = next((convert for family, convert in known if _has(state, family.pattern)), None)
     if convert is None:
         names = ', '.join(family.name for family, _ in known)
-        raise ValueError(f'the layout {target!r} exists for {names}, and these weights are of another backbone')
+        raise ValueError(f'the layout {target!r} exists for {names}, but these weights are of another backbone')
     return convert(state)
 
 

@@ -1,4 +1,4 @@
-"""CSWin. Authors: https://github.com/microsoft/CSWin-Transformer; one layout for classification and segmentation."""
+"""CSWin. Authors: https://github.com/microsoft/CSWin-Transformer; same layout for classification and segmentation."""
 
 from .keys import Family, Layout, Rules, rename, reverse
 

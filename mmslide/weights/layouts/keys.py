@@ -8,7 +8,7 @@ import torch
 
 from mmslide.checkpoints import StateDict
 
-# How keys begin, theirs and ours, with # for any number; the first that fits is taken.
+# Key prefixes, theirs and ours, with # for any number; the first match is used.
 Rules = Sequence[tuple[str, str]]
 
 
@@ -18,10 +18,10 @@ class Layout:
 
     Args:
         name: for messages.
-        pattern: of a key that only this layout has.
-        to_mmslide: a state dict in this layout to ours.
-        target: the name that `from_mmslide` knows it by; None if that direction does not exist.
-        from_mmslide: a state dict in our layout to this one.
+        pattern: matches a key that only this layout has.
+        to_mmslide: converts a state dict in this layout to ours.
+        target: its name for `from_mmslide`; None if that direction does not exist.
+        from_mmslide: converts a state dict in our layout to this one.
     """
 
     name: str
@@ -37,8 +37,8 @@ class Family:
 
     Args:
         name: for messages.
-        pattern: of a key that only this family has in our layout.
-        layouts: those with the more special patterns first.
+        pattern: matches a key that only this family has in our layout.
+        layouts: those with more specific patterns first.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Family:
 
 
 def rename(state: StateDict, rules: Rules) -> StateDict:
-    """The keys by the rules; those that no rule fits stay as they are."""
+    """Renames the keys by the rules; keys that match no rule are unchanged."""
     return {_replace_begin(key, rules): value for key, value in state.items()}
 
 
@@ -66,12 +66,12 @@ def _replace_begin(key: str, rules: Rules) -> str:
 
 
 def without(state: StateDict, *ends: str) -> StateDict:
-    """Without the keys that end so, such as buffers that the model computes."""
+    """Drops keys with these suffixes, such as buffers that the model computes."""
     return {key: value for key, value in state.items() if not key.endswith(ends)}
 
 
 def split_attention(state: StateDict) -> StateDict:
-    """The nn.MultiheadAttention at `.attn.attn.` that OpenMMLab's subsampled attention is, as q, kv and proj."""
+    """Converts OpenMMLab's subsampled attention, an nn.MultiheadAttention at `.attn.attn.`, to q, kv and proj."""
     out = {}
     for key, value in state.items():
         if '.attn.attn.in_proj_' in key:
@@ -84,7 +84,7 @@ def split_attention(state: StateDict) -> StateDict:
 
 
 def join_attention(state: StateDict) -> StateDict:
-    """The other way round."""
+    """The inverse."""
     out = {}
     for key, value in state.items():
         block, _, part = key.rpartition('.attn.')

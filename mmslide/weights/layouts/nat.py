@@ -1,6 +1,6 @@
 """NAT. Authors: https://github.com/SHI-Labs/Neighborhood-Attention-Transformer.
 
-DiNAT's files have NAT's keys: its dilations are in none of them.
+DiNAT's files have the same keys as NAT's and do not contain its dilations.
 """
 
 import re
@@ -23,7 +23,7 @@ AUTHORS: Rules = [
     ('levels.#.blocks.#.gamma1', 'stages.#.blocks.#.scale1.weight'),
     ('levels.#.blocks.#.gamma2', 'stages.#.blocks.#.scale2.weight'),
     ('levels.#.blocks.#.', 'stages.#.blocks.#.'),
-    ('norm#.', 'stages.#.norm.'),  # of the detection and segmentation copies; the classifier's is `norm`
+    ('norm#.', 'stages.#.norm.'),  # in the code for detection and segmentation; in the classifier it is `norm`
 ]
 TRANSFORMERS: Rules = [
     ('embeddings.patch_embeddings.projection.', 'stages.0.embed.projection.'),
@@ -43,7 +43,7 @@ QKV = ('query', 'key', 'value')
 
 
 def _transformers(state: StateDict) -> StateDict:
-    """Of a backbone, or of a classifier or model under `nat.`; there q, k and v are apart, and both gammas are one."""
+    """A backbone, or a classifier or model under `nat.`; q, k and v are separate, and both gammas are one tensor."""
     renamed = rename({key.removeprefix('nat.'): value for key, value in state.items()}, TRANSFORMERS)
     out = {}
     for key, value in renamed.items():

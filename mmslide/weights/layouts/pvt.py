@@ -38,7 +38,7 @@ def _mmdet(state: StateDict) -> StateDict:
     for key, value in state.items():
         match = re.fullmatch(r'layers\.(\d+)\.1\.(\d+)\.(.*)', key)
         if match:
-            # The list of blocks begins with the position embedding.
+            # The list of blocks starts with the position embedding.
             stage, index, rest = match[1], int(match[2]), match[3]
             key = f'layers.{stage}.1.{index - 1}.{rest}'
             if rest == 'pos_embed':

@@ -1,4 +1,4 @@
-"""PVTv2. Authors: https://github.com/whai362/PVT; timm and transformers have layouts of their own."""
+"""PVTv2. Authors: https://github.com/whai362/PVT; timm and transformers have their own layouts."""
 
 import re
 
@@ -58,7 +58,7 @@ def _mmdet(state: StateDict) -> StateDict:
 
 def _to_mmdet(state: StateDict) -> StateDict:
     if any(key.endswith('.attn.sr.weight') and value.shape[-1] == 1 for key, value in state.items()):
-        raise ValueError("mmdet has no linear PVTv2, which these weights are of: convert them to 'authors' or 'timm'")
+        raise ValueError("mmdet has no linear PVTv2, as these weights are: convert them to 'authors' or 'timm'")
     convolutions = {key: value[..., None, None] if LINEAR_LAYERS.search(key) else value for key, value in state.items()}
     return rename(join_attention(convolutions), reverse(MMDET))
 
@@ -79,7 +79,7 @@ def _to_transformers(state: StateDict) -> StateDict:
                 apart[key.replace('.attn.kv.', f'.attn.{name}.')] = part
         else:
             apart[key] = value
-    # As a classifier has them; a model or backbone alone is read from such a file too.
+    # As in a classifier; a model or backbone can also be loaded from such a file.
     return {
         f'pvt_v2.{key}' if key.startswith('encoder.') else key: value
         for key, value in rename(apart, reverse(TRANSFORMERS)).items()

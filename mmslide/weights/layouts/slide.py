@@ -9,7 +9,7 @@ from mmslide.ops import fixed_shift, merge_paths
 def slide_attention(state: StateDict) -> StateDict:
     """One Slide Attention module from the authors' layout, whose qkv channels are ordered (head, [q, k, v], d).
 
-    Where the fixed kernels have moved away from the shift, the difference is added to the learned ones.
+    If the fixed kernels deviate from the shift, the difference is added to the learned kernels.
     """
     weight, table = state['dep_conv1.weight'], state['relative_position_bias_table']
     kernel_size, heads = weight.shape[-1], table.shape[1]
@@ -41,7 +41,7 @@ def slide_attention(state: StateDict) -> StateDict:
 
 
 def fuse_slide_attention(state: StateDict) -> StateDict:
-    """Our layout with the two paths of every Slide Attention merged, as `SlideAttention.switch_to_deploy` does."""
+    """Our layout with the two paths of every Slide Attention merged, as in `SlideAttention.switch_to_deploy`."""
     out = dict(state)
     for key in state:
         prefix, found, _ = key.partition('deform_weight')
