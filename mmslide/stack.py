@@ -82,7 +82,7 @@ def _problem(name: str, minimum: str, limit: str) -> str | None:
         # Some forks have other distribution names, so the version is read from the module.
         version = importlib.import_module(name).__version__
     except AssertionError as error:  # how mmdet, mmseg and mmpretrain refuse a version of mmcv or mmengine
-        return f'{name} refuses the packages beside it: {error} Run: mim install {wanted} "mmcv>=2.0.0,<2.2.0"'
+        return f'{name} is incompatible with other packages: {error} Run: mim install {wanted} "mmcv>=2.0.0,<2.2.0"'
     if digit_version(minimum) <= digit_version(version) < digit_version(limit):
         return None
     return f'mmslide works with {wanted}, but {name} {version} is installed. Run: mim install {wanted}'

@@ -314,7 +314,7 @@ def find_targets(
 
     Args:
         inputs: those of the sample, for which gradients are needed.
-        classes: their names; numbers stand for those that are missing.
+        classes: their names; missing names are replaced by numbers.
         score_thr: of detections.
 
     Raises:
@@ -376,7 +376,7 @@ def class_activations(
     Args:
         model: a detector, segmentor or classifier with a backbone of mmslide.
         sample: an image, see `load_sample`.
-        classes: their names; numbers stand for those that are missing.
+        classes: their names; missing names are replaced by numbers.
         limit: largest number of targets.
         score_thr: of detections.
 

@@ -147,7 +147,7 @@ def test_zero_sum_patches_are_refused_elsewhere():
 
 
 def test_sr_ratios_of_zero_are_refused():
-    with pytest.raises(ValueError, match=r'positive integers alone, got sr_ratios=\(8, 4, 2, 0\)'):
+    with pytest.raises(ValueError, match=r'only positive integers, got sr_ratios=\(8, 4, 2, 0\)'):
         SlidePVT(dict(SMALL_PVT, sr_ratios=(8, 4, 2, 0)))
 
 

@@ -227,7 +227,7 @@ def without(key):
         ),
         (
             lambda content: content['categories'].append(dict(id=99, name='tv')),
-            r"several categories 'tv', so its labels reach 80, at or above num_classes=80: merge them",
+            r"several categories named 'tv', so its labels go up to 80, at or above num_classes=80: merge them",
         ),
         (of_image(file_name='none.jpg'), r'/train2017/none\.jpg does not exist, an image of .*json: .*img=FOLDER'),
     ],
@@ -449,9 +449,9 @@ def with_pixel(value, dtype=np.uint8):
         (lambda values: values[:, :-4], r' has 44×48 pixels, its image 48×48; make them the same size'),
         (
             with_pixel(151),
-            r' holds the values 151; with num_classes=150 and reduce_zero_label=True classes are 1 to 150',
+            r' contains the values 151; with num_classes=150 and reduce_zero_label=True classes are 1 to 150',
         ),
-        (with_pixel(257, np.uint16), r' holds the values 257; with num_classes=150'),
+        (with_pixel(257, np.uint16), r' contains the values 257; with num_classes=150'),
     ],
     ids=['channels', 'size', 'label', '16 bits'],
 )
@@ -497,7 +497,7 @@ def test_own_classes_of_a_segmentor(num_classes, ade):
     assert problems(config, everything=True) == []
     label_map(ade, with_pixel(2))
     message = str(problems(config)[0])
-    assert 'holds the values 2; with num_classes=2 and reduce_zero_label=False classes are 0 to 1' in message
+    assert 'contains the values 2; with num_classes=2 and reduce_zero_label=False classes are 0 to 1' in message
 
 
 def test_num_classes_of_a_segmentor(ade):

@@ -116,7 +116,7 @@ def test_a_config_in_the_work_dir_is_not_overwritten(read, tmp_path):
 def test_options_are_pairs(capsys):
     with pytest.raises(SystemExit, match=r'^2$'):
         engine.config_parser('').parse_args(['x.py', '--cfg-options', 'a=1', 'novalue'])
-    assert "takes KEY=VALUE pairs, got 'novalue'" in capsys.readouterr().err
+    assert "must be KEY=VALUE pairs, got 'novalue'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('value', ['[dict(type="EMAHook",momentum=0.1)]', "{'a':1,'b':(1,2)}"])
@@ -170,7 +170,7 @@ def test_fall_back_to_cpu(read, monkeypatch, pays):
         engine.fall_back_to_cpu(config)
     told = ' '.join(str(x.message) for x in warnings)
     assert ('bfloat16, only in the backbone' if pays else 'float32 instead of mixed precision') in told
-    assert 'BN instead of SyncBN, which the config names 2 times' in told
+    assert 'SyncBN is replaced by BN (2 times in the config)' in told
     assert 'gloo' in told
     wrapper = 'mmslide.BackboneAmpOptimWrapper' if pays else 'OptimWrapper'
     assert config.optim_wrapper == dict(type=wrapper, optimizer=dict(type='AdamW'))
@@ -302,7 +302,9 @@ def test_resume(save, tmp_path):
     path = save('epoch_1.pth', 1, '20260101_000001', config.pretty_text)
     assert resumed(config, path) == path
     config.lr = 2
-    with pytest.warns(UserWarning, match=r'epoch_1\.pth was saved with another lr; training goes on with the present'):
+    with pytest.warns(
+        UserWarning, match=r'epoch_1\.pth was saved with a different lr; training continues with the current'
+    ):
         assert resumed(config, path) == path
 
 
@@ -367,14 +369,18 @@ def test_what_load_from_does_not_fill_is_named(tmp_path):
 
     config.model.decode_head.num_classes = 4
     weight = re.escape('(decode_head.conv_seg.weight (150, 64, 1, 1) instead of (4, 64, 1, 1), ')
-    with pytest.warns(UserWarning, match=f'{config.load_from} .* starts fresh: 2 keys of another shape {weight}'):
+    with pytest.warns(
+        UserWarning, match=f'{config.load_from} .* initialized from scratch: 2 keys of another shape {weight}'
+    ):
         engine.check_pretrained(config)
     config.resume = True  # then it has to fit whole, and is compared elsewhere
     engine.check_pretrained(config)
 
     config.update(resume=False, load_from=str(tmp_path / 'other.pth'))
     torch.save({'decode_head.conv_seg.bias': state['decode_head.conv_seg.bias'], 'x': torch.ones(1)}, config.load_from)
-    with pytest.raises(ValueError, match=r'nothing in .*other\.pth fits .* 1 keys unexpected \(x\), 1 keys of another'):
+    with pytest.raises(
+        ValueError, match=r'no weights in .*other\.pth fit .* 1 keys unexpected \(x\), 1 keys of another'
+    ):
         engine.check_pretrained(config)
 
 

@@ -81,9 +81,9 @@ def test_features_of_a_detector_from_a_checkpoint(tmp_path):
     """NMS cannot go along, but backbone and neck can; what they are prepared and called stands in the file."""
     config, checkpoint = saved('retinanet', tmp_path)
     out = tmp_path / 'features.pte'
-    with pytest.raises(ValueError, match=r"\.pte has no NMS and RoIAlign: of a detector export the part 'features'"):
+    with pytest.raises(ValueError, match=r"\.pte has no NMS and RoIAlign: export the part 'features' of a detector"):
         export(config, checkpoint, out, 'model', (64, 64))
-    with pytest.raises(ValueError, match=r'\.pte takes one size only'):
+    with pytest.raises(ValueError, match=r'\.pte supports only one size'):
         export(config, checkpoint, out, 'features', (64, 64), dynamic=True)
     (line,) = export(config, checkpoint, out, 'features', (64, 96))
     assert '64×96: executorch differs from PyTorch by' in line

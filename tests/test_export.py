@@ -258,11 +258,11 @@ def test_what_cannot_be_drawn_is_named(save, tmp_path):
         ((broken['.xml'], good, out), 'openvino cannot load '),
         ((broken['.pt2'], good, out), 'torch.export cannot load '),
         ((foreign, good, out), 'was not written by tools/export.py'),
-        ((backbone, good, out), 'holds the backbone alone'),
+        ((backbone, good, out), 'contains only the backbone'),
         ((tmp_path / 'little.onnx', good, out), 'little.onnx cannot be run on'),
         ((tmp_path / 'huge.onnx', good, out), 'huge.onnx cannot be run on'),
-        ((tmp_path / 'text.onnx', good, out), 'text.onnx are no JSON'),
-        ((tmp_path / 'list.onnx', good, out), 'list.onnx are not a dict, but list'),
+        ((tmp_path / 'text.onnx', good, out), 'text.onnx is not JSON'),
+        ((tmp_path / 'list.onnx', good, out), 'list.onnx is not a dict, but list'),
         ((whole, config, out), 'config.py is not a readable image'),
         ((whole, tmp_path, out), f'there is no file {tmp_path}'),
         ((whole, good, tmp_path / 'no' / 'folder.png'), 'cannot write image '),
@@ -515,7 +515,7 @@ def test_the_two_files_of_a_linked_output_stay_together(save, tmp_path, monkeypa
 def test_other_than_three_channels_are_refused(save, tmp_path, monkeypatch):
     monkeypatch.setitem(BACKBONES, 'SlidePVT', {**BACKBONES['SlidePVT'], 'in_channels': 4})
     config, checkpoint, _ = save(data_preprocessor=None)
-    with pytest.raises(ValueError, match='only models of 3 channels can be exported, got in_channels=4'):
+    with pytest.raises(ValueError, match='only models with 3 channels can be exported, got in_channels=4'):
         export(config, checkpoint, tmp_path / 'x.onnx', 'backbone', (64, 64))
 
 
@@ -560,7 +560,7 @@ def test_models_that_predict_in_a_way_of_their_own_are_refused(save, tmp_path):
     cascade = dict(type='CascadeEncoderDecoder', num_stages=1, decode_head=[head])
     config, checkpoint, _ = save(**cascade)
     with pytest.raises(
-        ValueError, match='of segmentors only EncoderDecoder can be exported, got CascadeEncoderDecoder'
+        ValueError, match='only segmentors of type EncoderDecoder can be exported, got CascadeEncoderDecoder'
     ):
         export(config, checkpoint, str(tmp_path / 'x.onnx'), 'model', (64, 64))
     config, checkpoint, _ = save(decode_head=dict(HEAD, type='EncHead', in_channels=CHANNELS))
@@ -605,7 +605,7 @@ def test_a_difference_leaves_no_file(save, tmp_path, monkeypatch):
 
     monkeypatch.setattr(driver, 'fuse', wrong)
     with pytest.raises(
-        RuntimeError, match="graph's results are not the model's: 64×64: onnxruntime differs from PyTorch by"
+        RuntimeError, match="graph's results differ from the model's: 64×64: onnxruntime differs from PyTorch by"
     ):
         export(config, checkpoint, str(tmp_path / 'x.onnx'), 'backbone', (64, 64))
     assert sorted(tmp_path.iterdir()) == before

@@ -449,7 +449,7 @@ GENERIC_EXTRACTOR = dict(
 @pytest.mark.parametrize(
     ('kind', 'change', 'message'),
     [
-        ('retinanet', dict(type='PAA'), 'model cannot be exported: supported is MaskRCNN or .*, got PAA'),
+        ('retinanet', dict(type='PAA'), 'model cannot be exported: it must be MaskRCNN or .*, got PAA'),
         ('retinanet', dict(bbox_head=dict(type='PISARetinaHead')), 'bbox_head .* is RetinaHead, got PISARetinaHead'),
         ('retinanet', dict(test_cfg=dict(nms=dict(type='soft_nms'))), r'bbox_head.test_cfg.nms .*, got .*soft_nms'),
         ('retinanet', dict(test_cfg=dict(nms_pre=-1)), 'bbox_head.test_cfg.nms_pre .* a positive number, got -1'),

@@ -169,7 +169,7 @@ def test_what_inputs_stand_for(photos, tmp_path):
     for given, message in ((tmp_path / 'photos', 'has no images'), (tmp_path / '*.jpg', 'does not exist')):
         with pytest.raises(FileNotFoundError, match=message):
             find_inputs([given])
-    with pytest.raises(ValueError, match=r'notes\.txt is no image or video'):
+    with pytest.raises(ValueError, match=r'notes\.txt is not an image or video'):
         find_inputs([tmp_path / 'photos/a/notes.txt'])
 
 

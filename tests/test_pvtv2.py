@@ -250,9 +250,9 @@ def test_a_users_init_cfg_stands_alone():
 @pytest.mark.parametrize(
     ('row', 'message'),
     [
-        (dict(pool_sizes=-1), r'non-negative integers alone, got pool_sizes=\[-1, -1, -1, -1\]'),
+        (dict(pool_sizes=-1), r'only non-negative integers, got pool_sizes=\[-1, -1, -1, -1\]'),
         (dict(pool_sizes=(7, 7)), r'one value for each of its 4 stages, got pool_sizes=\(7, 7\)'),
-        (dict(sr_ratios=(8, 4, 2, 0)), r'positive integers alone, got sr_ratios=\(8, 4, 2, 0\)'),
+        (dict(sr_ratios=(8, 4, 2, 0)), r'only positive integers, got sr_ratios=\(8, 4, 2, 0\)'),
     ],
 )
 def test_wrong_rows_are_named(row, message):

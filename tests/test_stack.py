@@ -49,7 +49,7 @@ def test_a_framework_that_refuses_its_neighbours_is_told_in_one_error(monkeypatc
         return sys.modules[name]
 
     monkeypatch.setattr(stack.importlib, 'import_module', refuse)
-    with pytest.raises(RuntimeError, match=r'mmdet refuses the packages beside it: MMCV==2\.2\.0.*mim install'):
+    with pytest.raises(RuntimeError, match=r'mmdet is incompatible with other packages: MMCV==2\.2\.0.*mim install'):
         stack.check_versions()
 
 

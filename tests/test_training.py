@@ -427,5 +427,5 @@ def test_a_new_run_in_an_old_ones_folder_says_so(detector, detection, tmp_path):
     assert re.search(r'has checkpoints of an earlier run, and this one will overwrite .*: epoch_12\.pth\.', output)
     output = tool('train', DETECTOR, *options, 'train_cfg.max_epochs=2', '--resume')
     assert 'epoch_12.pth were saved by another run' in output
-    assert 'was saved with another train_cfg; training goes on with the present config' in output
+    assert 'was saved with a different train_cfg; training continues with the current config' in output
     assert 'resumed epoch: 1' in output

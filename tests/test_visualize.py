@@ -416,8 +416,8 @@ def test_class_activation_of_other_heads(trained):
     assert scores['figure'] == pytest.approx(logits[logits > 0].sum().item(), rel=1e-4)
     assert scores['ground'] == pytest.approx(-logits[logits <= 0].sum().item(), rel=1e-4)
     for forward, message in (
-        (lambda maps: (maps,), 'the head of this EncoderDecoder gives no logits, but tuple'),
-        (lambda maps, samples: maps, 'the head of this EncoderDecoder does not run on feature maps alone'),
+        (lambda maps: (maps,), 'the head of this EncoderDecoder returns tuple, not logits'),
+        (lambda maps, samples: maps, 'the head of this EncoderDecoder does not run on feature maps only'),
     ):
         model.decode_head.forward = forward
         with pytest.raises(ValueError, match=message):

@@ -572,7 +572,7 @@ def test_round_trip_from_mmseg(cls, qkv_bias):
         (lambda: small(SlideSwin, slide_stages=()), r"the layout '{}' exists for .*Twins.*, but these weights"),
         (
             lambda: small_twins(TwinsSVT, slide_stages=(1,)),
-            r"layout '{}' has no place for Slide Attention.*stages\.1\.blocks\.0\.attn\.deform_weight",
+            r"layout '{}' does not support Slide Attention.*stages\.1\.blocks\.0\.attn\.deform_weight",
         ),
     ],
 )
@@ -586,7 +586,7 @@ def test_what_a_layout_cannot_hold_is_refused(source, message, layout):
 def test_slide_attention_has_no_place_in_the_layout_of_cswin(slide_stages):
     row = dict(embed_dims=8, depths=(1, 1), num_heads=2, mlp_ratios=2, split_sizes=3)
     state = SlideCSWin(row, slide_stages=slide_stages, out_indices=(0, 1)).state_dict()
-    with pytest.raises(ValueError, match=r"'authors' has no place for Slide Attention.*stages\.0\..*deform_weight"):
+    with pytest.raises(ValueError, match=r"'authors' does not support Slide Attention.*stages\.0\..*deform_weight"):
         from_mmslide(state, 'authors')
 
 
@@ -693,7 +693,7 @@ def test_warm_start_of_pvtv2(pvtv2_layout, row, save, log):
 
 
 def test_slide_pvtv2_has_no_place_in_a_hosts_layout(pvtv2_layout):
-    with pytest.raises(ValueError, match=rf"layout '{pvtv2_layout}' has no place for Slide Attention.*deform_weight"):
+    with pytest.raises(ValueError, match=rf"layout '{pvtv2_layout}' does not support Slide Attention.*deform_weight"):
         from_mmslide(small_pvtv2(slide_stages=(1,)).state_dict(), pvtv2_layout)
 
 

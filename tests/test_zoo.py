@@ -333,15 +333,15 @@ def test_wrong_arguments_are_named(backbone, arguments, message):
     [
         (dict(num_heads=(1, 2)), r'one value for each of its 4 stages, got num_heads=\(1, 2\)'),
         (dict(num_heads=(1, 3, 3, 4)), r'embed_dims must be divisible by num_heads, got embed_dims=32, num_heads=3'),
-        (dict(num_heads=0), r'positive integers alone, got num_heads=\[0, 0, 0, 0\]'),
+        (dict(num_heads=0), r'only positive integers, got num_heads=\[0, 0, 0, 0\]'),
         (dict(num_heads=None), r'one value for each of its 4 stages, got num_heads=None'),
-        (dict(embed_dims=16.0), r'positive integers alone, got embed_dims=\[16\.0, '),
+        (dict(embed_dims=16.0), r'only positive integers, got embed_dims=\[16\.0, '),
         (dict(depths=1), r'depths as a list with one number for each stage, got depths=1'),
         (dict(depths=()), r'depths as a list with one number for each stage, got depths=\(\)'),
-        (dict(depths=(1, 0, 1, 1)), r'positive integers alone, got depths=\(1, 0, 1, 1\)'),
+        (dict(depths=(1, 0, 1, 1)), r'only positive integers, got depths=\(1, 0, 1, 1\)'),
         (dict(depths=None), r'depths as a list with one number for each stage, got depths=None'),
-        (dict(mlp_ratios=0), r'positive numbers alone, got mlp_ratios=\[0, 0, 0, 0\]'),
-        (dict(mlp_ratios='4444'), r"positive numbers alone, got mlp_ratios='4444'"),
+        (dict(mlp_ratios=0), r'only positive numbers, got mlp_ratios=\[0, 0, 0, 0\]'),
+        (dict(mlp_ratios='4444'), r"only positive numbers, got mlp_ratios='4444'"),
     ],
 )
 def test_wrong_arch_rows_are_named(backbone, row, message):
