@@ -370,7 +370,7 @@ def test_classes_that_are_no_list_of_names(classes, coco):
         (('red', 'white', 'platelet', 'dust'), r"has no category dust, which is among the config's classes$"),
         (
             ('red', 'dust', 'white', 'platelet'),
-            r"has no category dust.* 'white' gets the label of 'dust': give .* the order red, white, platelet$",
+            r"has no category dust.* 'white' gets the label of 'dust': set the order in .* to red, white, platelet$",
         ),
         (('white', 'red', 'platelet'), r"in a different order than.* 'red' gets the label of 'white':"),
     ],

@@ -450,7 +450,11 @@ GENERIC_EXTRACTOR = dict(
     ('kind', 'change', 'message'),
     [
         ('retinanet', dict(type='PAA'), 'model cannot be exported: it must be MaskRCNN or .*, got PAA'),
-        ('retinanet', dict(bbox_head=dict(type='PISARetinaHead')), 'bbox_head .* is RetinaHead, got PISARetinaHead'),
+        (
+            'retinanet',
+            dict(bbox_head=dict(type='PISARetinaHead')),
+            'bbox_head .* must be RetinaHead, got PISARetinaHead',
+        ),
         ('retinanet', dict(test_cfg=dict(nms=dict(type='soft_nms'))), r'bbox_head.test_cfg.nms .*, got .*soft_nms'),
         ('retinanet', dict(test_cfg=dict(nms_pre=-1)), 'bbox_head.test_cfg.nms_pre .* a positive number, got -1'),
         ('mask-rcnn', dict(test_cfg=dict(rpn=dict(max_per_img=-1))), 'rpn_head.test_cfg.max_per_img .*, got -1'),
@@ -464,7 +468,7 @@ GENERIC_EXTRACTOR = dict(
         (
             'mask-rcnn',
             dict(roi_head=dict(mask_roi_extractor=GENERIC_EXTRACTOR)),
-            'roi_head.mask_roi_extractor .* is SingleRoIExtractor, got GenericRoIExtractor',
+            'roi_head.mask_roi_extractor .* must be SingleRoIExtractor, got GenericRoIExtractor',
         ),
         (
             'mask-rcnn',
@@ -474,7 +478,7 @@ GENERIC_EXTRACTOR = dict(
         (
             'mask-rcnn',
             dict(rpn_head=dict(bbox_coder=dict(type='TBLRBBoxCoder', _delete_=True))),
-            'rpn_head.bbox_coder .* is DeltaXYWHBBoxCoder, got TBLRBBoxCoder',
+            'rpn_head.bbox_coder .* must be DeltaXYWHBBoxCoder, got TBLRBBoxCoder',
         ),
     ],
 )
