@@ -307,7 +307,7 @@ def test_categories_that_the_config_does_not_know(coco):
         data.check_data(read(BOXES, coco), 'train_dataloader')
     message = str(error.value)
     assert str(path) in message
-    assert "(red, white, platelet) is among the config's classes (person, bicycle, " in message
+    assert "(red, white, platelet) is in the config's classes (person, bicycle, " in message
     assert "metainfo=dict(classes=('red', 'white', 'platelet'))" in message
     assert 'num_classes=3 in every head' in message
 

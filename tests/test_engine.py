@@ -317,7 +317,8 @@ def test_a_new_run_names_the_checkpoints_of_an_earlier_one(resume, save, tmp_pat
         resume = shutil.copy(tmp_path / 'epoch_1.pth', tmp_path / resume)
     config = Config(dict(work_dir=str(tmp_path), model=dict(type='X')))
     with pytest.warns(
-        UserWarning, match=r'has checkpoints of an earlier run, .*overwrite.*: epoch_1\.pth, iter_20\.pth\. --resume'
+        UserWarning,
+        match=r'has checkpoints of an earlier run, .*overwrite.*: epoch_1\.pth, iter_20\.pth\. Use --resume',
     ):
         assert resumed(config, resume) == resume
 
