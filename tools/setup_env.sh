@@ -19,12 +19,14 @@ case $stack in
 esac
 "$python" -c "import sys; sys.exit(not (3, $oldest) <= sys.version_info[:2] <= (3, $newest))" ||
     fail "This stack needs Python 3.$oldest to 3.$newest, got $("$python" --version). Say PYTHON=python3.11 make ..."
-say "virtual environment $venv ($("$python" --version)); 10 to 20 minutes the first time, 2 to 4 with a cached mmcv"
+say "virtual environment $venv ($("$python" --version)); 8 to 20 minutes the first time, 1 to 3 with a cached mmcv"
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
 pip=("$venv/bin/python" -m pip --disable-pip-version-check --quiet)
+# Python compiles the modules that are imported; compiling all of torch takes as long as unpacking it.
+install=("${pip[@]}" install --no-compile)
 
 say "torch and the build tools"
-"${pip[@]}" install -c "$requirements" torch numpy setuptools wheel ninja
+"${install[@]}" -c "$requirements" torch numpy setuptools wheel ninja
 
 # OpenMMLab's index has wheels of mmcv for torch up to 2.1. For later ones it is compiled once a user, for each torch (with
 # its CUDA), Python and platform: pip's own cache does not look at torch, and a wheel for another torch does not load.
@@ -73,9 +75,11 @@ else
     keep "$build"
 fi
 
-say "the OpenMMLab packages"
-"${pip[@]}" install --no-build-isolation --find-links "$wheels" -r "$requirements"
-say "mmslide itself, editable"
-"${pip[@]}" install --no-build-isolation --no-deps --editable .
+# At the same time, since mmslide compiles its kernels on one core.
+say "mmslide itself, editable, and the OpenMMLab packages"
+"${install[@]}" --no-build-isolation --no-deps --editable . &
+mmslide=$!
+"${install[@]}" --no-build-isolation --find-links "$wheels" -r "$requirements"
+wait $mmslide
 "${pip[@]}" check
 say "ready"
