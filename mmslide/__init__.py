@@ -20,7 +20,8 @@ def _set_up() -> None:
 
 
 # `python -m mmslide.doctor` runs where the packages beside mmslide do not fit.
-if 'mmslide.doctor' not in sys.orig_argv:
+# While Python looks for the module of `-m`, argv is ['-m', *arguments], and the module's name is before the arguments.
+if sys.argv[:1] != ['-m'] or sys.orig_argv[-len(sys.argv)] != 'mmslide.doctor':
     _set_up()
 
 __all__ = ['__version__']

@@ -14,11 +14,10 @@ import torch
 from mmengine.config import Config
 from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.logging import HistoryBuffer
-from mmengine.utils import digit_version
 
 from .compat import add_safe_globals
 from .files import configs_folder
-from .version import MMPRETRAIN, REQUIRED, VERSIONS, requirement
+from .version import REQUIRED, VERSIONS, fits, install_command, version_range
 
 try:
     from numpy._core import multiarray
@@ -36,13 +35,13 @@ def check_versions() -> None:
         RuntimeError: one is missing, too old, too new, or refuses its own neighbours. Not an ImportError, which
             mmengine's registries swallow: users would read "SlidePVT is not in the registry".
     """
-    for name, (minimum, limit) in VERSIONS.items():
+    for name in VERSIONS:
+        if name == 'mmpretrain':  # takes seconds to import: see check_scope
+            continue
         if find_spec(name) is not None:
-            problem = _problem(name, minimum, limit)
+            problem = _problem(name)
         elif name in REQUIRED:
-            problem = (
-                f'mmslide needs {name}, which is not installed. Run: mim install {requirement(name, minimum, limit)}'
-            )
+            problem = f'mmslide needs {name}, which is not installed. Run: {install_command(name)}'
         else:
             continue
         if problem:
@@ -71,21 +70,23 @@ def check_scope(scope: str | None) -> None:
             f'mmpretrain needs torchvision, which cannot be imported ({type(error).__name__}: {error}). '
             f'Run: pip install torchvision torch=={torch_version}'
         ) from error
-    if problem := _problem(scope, *MMPRETRAIN):
+    if problem := _problem(scope):
         raise ImportError(problem)
 
 
-def _problem(name: str, minimum: str, limit: str) -> str | None:
-    """Why an installed package does not fit, and the command that fixes it."""
-    wanted = requirement(name, minimum, limit)
+def _problem(name: str) -> str | None:
+    """Why an installed package is incompatible, and the command that fixes it."""
     try:
-        # The packages of some forks have other distribution names, so the module is asked.
-        version = importlib.import_module(name).__version__
+        # Some forks have other distribution names, so the version is read from the module.
+        version = getattr(importlib.import_module(name), '__version__', 'of unknown version')
     except AssertionError as error:  # how mmdet, mmseg and mmpretrain refuse a version of mmcv or mmengine
-        return f'{name} refuses the packages beside it: {error} Run: mim install {wanted} "mmcv>=2.0.0,<2.2.0"'
-    if digit_version(minimum) <= digit_version(version) < digit_version(limit):
+        return f'{name} refuses the packages beside it: {error} Run: {install_command(name, "mmcv")}'
+    if fits(name, version):
         return None
-    return f'mmslide works with {wanted}, but {name} {version} is installed. Run: mim install {wanted}'
+    return (
+        f'mmslide works with {name} {version_range(name)}, but {name} {version} is installed. '
+        f'Run: {install_command(name)}'
+    )
 
 
 def declare_torchvision_operators() -> None:

@@ -62,9 +62,12 @@ else
     if prebuilt "$build"; then
         say "$mmcv with its ops: OpenMMLab's wheel, kept in $wheels"
     else
+        [ -z "$nvcc_missing" ] || [ "$stack" != classic ] || fail "OpenMMLab's wheel of $mmcv could not be downloaded" \
+            "from $index, and without nvcc it cannot be compiled for the GPU. Either check the connection to" \
+            "download.openmmlab.com, or install the CUDA toolkit $nvcc_missing. Without the GPU: CUDA_VISIBLE_DEVICES= make ..."
         [ -z "$nvcc_missing" ] || fail "For the GPU $mmcv is compiled with nvcc, which is not there. Either install the" \
-            "CUDA toolkit $nvcc_missing, or take the stack that has ready-made wheels: make ... STACK=classic" \
-            "(from download.openmmlab.com). Without the GPU: CUDA_VISIBLE_DEVICES= make ..."
+            "CUDA toolkit $nvcc_missing, or take the stack with prebuilt wheels: make ... STACK=classic" \
+            "(torch 2.1.2+cu121, mmcv from download.openmmlab.com). Without the GPU: CUDA_VISIBLE_DEVICES= make ..."
         say "$mmcv with its ops: compiling (5-15 minutes on 2 cores), kept in $wheels"
         # -g0: without debug information the wheel is 2 MB instead of 32.
         CFLAGS=-g0 MMCV_WITH_OPS=1 MAX_JOBS=${MAX_JOBS:-$(nproc)} \

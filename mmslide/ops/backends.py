@@ -96,12 +96,14 @@ def choose_backend(q: Tensor, weight: Tensor) -> str:
     - on other devices 'unrolled', plain operations.
 
     Raises:
-        ValueError: there is no backend of the name in MMSLIDE_BACKEND.
+        ValueError: there is no backend of the name in MMSLIDE_BACKEND, or it cannot do it.
     """
     if q.is_meta or forward_ad._current_level >= 0:
         return 'conv'
     if WANTED:
         check_backend('MMSLIDE_BACKEND', WANTED)
+        if reason := BACKENDS[WANTED].refusal(q, weight):
+            raise ValueError(f"MMSLIDE_BACKEND: backend '{WANTED}' {reason}; unset it for the best that can do it")
         return WANTED
     if q.device.type not in ('cpu', 'cuda'):
         return 'unrolled'
