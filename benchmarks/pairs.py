@@ -24,7 +24,7 @@ from mmslide.ops import fixed_shift, merge_paths, neighborhood_attention, slide_
 from mmslide.ops.reference import neighborhood_reference
 from mmslide.weights import load_pretrained
 
-from .baselines import flex, im2col, two_path
+from .baselines import flex, im2col, natten, two_path
 from .measure import Side, check
 
 # One rounding of the result and of what it is made of.
@@ -77,7 +77,8 @@ def op_pair(
     Args:
         backend: of `mmslide.ops.slide_attention`.
         baseline: 'two-path' (how the paper trains), 'im2col', 'flex' (FlexAttention in the same window, for which
-            all that is learned is zero), or a backend: 'conv' is how the paper infers.
+            all that is learned is zero), 'natten' (likewise; only pixels whose window lies on the map are compared), or
+            a backend: 'conv' is how the paper infers.
     """
     head_dims, slots = embed_dims // num_heads, kernel_size**2
     generator = torch.Generator().manual_seed(0)
@@ -85,7 +86,8 @@ def op_pair(
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(device)
 
-    strength = 0.0 if baseline == 'flex' else 1.0
+    undeformed = {'flex': flex, 'natten': natten}.get(baseline)
+    strength = 0.0 if undeformed else 1.0
     qkv = draw(batch, height, width, 3, num_heads, head_dims).to(dtype).unbind(3)
     if training:
         qkv = tuple(x.contiguous().requires_grad_() for x in qkv)
@@ -110,26 +112,24 @@ def op_pair(
     def unfolded() -> list[Tensor]:
         return merged(lambda q, k, v, *parameters: im2col(q, k, v, *(x.to(dtype) for x in parameters)))
 
+    ours: Callable[[], list[Tensor]] = partial(merged, partial(slide_attention, backend=backend))
     if baseline == 'two-path':
         theirs: Callable[[], list[Tensor]] = both_paths
     elif baseline == 'im2col':
         theirs = unfolded
-    elif baseline == 'flex':
-        theirs = lambda: [flex(kernel_size, *qkv)]  # noqa: E731
+    elif undeformed:
+        theirs = lambda: [undeformed(kernel_size, *qkv)]  # noqa: E731
     else:
         theirs = partial(merged, partial(slide_attention, backend=baseline))
+    if baseline == 'natten':
+        ours, theirs = (partial(_inside, run, kernel_size // 2) for run in (ours, theirs))
     inputs = dict(zip('qkv', qkv, strict=True))
     learned = dict(deform=deform, shift_bias=shift_bias, deform_bias=deform_bias, rpb=rpb)
-    if baseline != 'flex':
+    if not undeformed:
         inputs, learned = inputs | learned, {}
     return Pair(
         name=f'{height}×{width}×{embed_dims}, {num_heads} heads, k={kernel_size}',
-        ours=Side(
-            backend or 'ours',
-            partial(merged, partial(slide_attention, backend=backend)),
-            inputs,
-            list(learned.values()),
-        ),
+        ours=Side(backend or 'ours', ours, inputs, list(learned.values())),
         baseline=Side(baseline, theirs, inputs),
         tolerance=TOLERANCE[dtype],
         # Forward reads q, k, v and writes the output; backward reads them and a gradient and writes three.
@@ -137,6 +137,11 @@ def op_pair(
         operations=2 * 2 * (slots * slots + slots) * qkv[0].numel() * (1 + 2 * training),
         images=batch,
     )
+
+
+def _inside(run: Callable[[], list[Tensor]], reach: int) -> list[Tensor]:
+    """The maps (B, H, W, ...) without their border."""
+    return [out[:, reach:-reach, reach:-reach] for out in run()]
 
 
 def neighborhood_pair(

@@ -80,7 +80,7 @@ def test_output_and_gradients_agree_with_the_reference(shape):
 
 def test_missing_kernels_are_reported():
     args = arguments(1, 8, 9, 1, 8, 7, dtype=torch.float32)
-    with without_kernels(), pytest.warns(UserWarning, match='CPU kernels is missing; plain PyTorch stands in'):
+    with without_kernels(), pytest.warns(UserWarning, match='CPU kernels is missing; plain PyTorch is used instead'):
         neighborhood_attention(*args)
 
 

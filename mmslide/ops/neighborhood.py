@@ -44,7 +44,7 @@ def neighborhood_attention(
         return tiles.whole_map(q, k, v, rpb, scale, dropout_p)
     reason = native.neighborhood_refusal(q, rpb)
     if reason and reason == native.why_none and not is_compiling():
-        warnings.warn(f'the library of CPU kernels {reason}; plain PyTorch stands in and is slower', stacklevel=2)
+        warnings.warn(f'the library of CPU kernels {reason}; plain PyTorch is used instead and is slower', stacklevel=2)
     dropout_mask = None
     if dropout_p > 0:
         keep = torch.rand(*q.shape[:-1], (rpb.shape[-1] + 1) ** 2 // 4, device=q.device) >= dropout_p

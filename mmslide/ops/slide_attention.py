@@ -56,7 +56,7 @@ def slide_attention(
         backend = choose_backend(q, weight)
     chosen = BACKENDS[backend]
     if reason := chosen.refusal(q, weight):
-        raise ValueError(f"backend '{backend}' {reason}; take 'tapwise', or None for the best that can do it")
+        raise ValueError(f"backend '{backend}' {reason}; take None for the best that can do it")
     if chosen.widens and forward_ad._current_level >= 0:  # a custom operator would lose tangents silently
         raise ValueError(
             f"backend '{backend}' has no forward-mode derivatives; take 'conv', or None for the best that has"
