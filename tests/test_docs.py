@@ -1,6 +1,7 @@
 """The documentation: its code runs or says why not, every link leads somewhere, public arguments are documented."""
 
 import inspect
+import json
 import os
 import re
 import runpy
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 from helpers import NEEDS_MODERN, TOOLS
 from mmengine.config import Config
+from mmengine.registry import DATASETS, DefaultScope
 
 from mmslide.build import build_model
 from mmslide.data import check_datasets
@@ -56,6 +58,7 @@ val_dataloader['dataset']['indices'] = 2
 SHORTENED = {
     'configs/my-detector.py': NO_DOWNLOAD + SHORT_EPOCH,
     'configs/my-finetuning.py': "load_from = 'work_dirs/my-detector/epoch_1.pth'\n",
+    'configs/my-box-detector.py': NO_DOWNLOAD + SHORT_EPOCH,
     'configs/my-segmentor.py': NO_DOWNLOAD + SHORT_ITERATIONS,
     'configs/mini/cascade-mask-rcnn_slide-pvt-mini_fpn_mini-coco.py': SHORT_EPOCH,
     'configs/mini/slide-swin-mini_upernet_mini-ade20k-64x64.py': SHORT_ITERATIONS,
@@ -175,6 +178,22 @@ def test_blocks(page, checkout):
             if 'data/mini' in config.pretty_text:
                 checks = check_datasets(config, 'train_dataloader', 'val_dataloader', everything=True)
                 assert [check.problems for check in checks] == [[], []]
+
+
+def test_boxes_without_masks(checkout):
+    """The page's config takes annotations that have no `segmentation` at all."""
+    mini.make_mini_dataset('data/mini', **MINI)
+    for path in Path('data/mini/coco/annotations').glob('*.json'):
+        content = json.loads(path.read_text())
+        assert all(annotation.pop('segmentation') for annotation in content['annotations'])
+        path.write_text(json.dumps(content))
+    list(write_files(blocks_of(ROOT / 'docs/your-data.md')))
+    config = Config.fromfile('configs/my-box-detector.py')
+    checks = check_datasets(config, 'train_dataloader', 'val_dataloader', everything=True)
+    assert [check.problems for check in checks] == [[], []]
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        dataset = DATASETS.build(config.train_dataloader.dataset)
+    assert len(dataset[0]['data_samples'].gt_instances.bboxes)
 
 
 @NEEDS_MODERN

@@ -154,7 +154,7 @@ def test_release(checkout, tmp_path):
 def test_the_citation_names_the_release():
     citation = yaml.safe_load((REPOSITORY / 'CITATION.cff').read_text())
     assert citation['version'] == __version__
-    assert f'## [{__version__}] - {citation["date-released"]}' in (REPOSITORY / 'CHANGELOG.md').read_text()
+    assert f'## {__version__} - {citation["date-released"]}' in (REPOSITORY / 'CHANGELOG.md').read_text()
 
 
 def test_install_without_a_compiler(checkout, python, tmp_path):
