@@ -6,17 +6,24 @@ from .version import __version__
 
 
 def _set_up() -> None:
-    from .stack import check_versions, declare_torchvision_operators, register_package, register_safe_globals
+    from .stack import (
+        check_versions,
+        declare_torchvision_operators,
+        register_bare_names,
+        register_package,
+        register_safe_globals,
+    )
 
     check_versions()
     register_safe_globals()
     register_package()
     declare_torchvision_operators()
 
-    # After the versions are known to fit: it imports mmengine's runner.
+    # After the versions are known to fit: both import mmengine's runner.
     from .checkpoints import register_reader
 
     register_reader()
+    register_bare_names()
 
 
 # `python -m mmslide.doctor` runs where the packages beside mmslide do not fit.

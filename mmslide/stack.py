@@ -16,7 +16,7 @@ from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.logging import HistoryBuffer
 
 from .compat import add_safe_globals
-from .files import configs_folder
+from .files import configs_folder, find_config
 from .version import REQUIRED, VERSIONS, fits, install_command, version_range
 
 try:
@@ -132,6 +132,30 @@ def register_package() -> None:
         return str(path), None
 
     Config._get_cfg_path = staticmethod(config_path_or_ours)
+
+
+def register_bare_names() -> None:
+    """Lets mmdet's and mmseg's inferencers take one of mmslide's configs by its bare name, without `.py`.
+
+    They look among the models of their own package first.
+    """
+    from mmengine.infer import BaseInferencer  # imports mmengine's runner
+
+    load_model = BaseInferencer._load_model_from_metafile
+
+    def load_model_or_ours(self: BaseInferencer, model: str) -> tuple[Config, str | None]:
+        try:
+            return load_model(self, model)
+        except ValueError:  # the package of the inferencer has no such model
+            try:
+                config = Config.fromfile(find_config(f'{model}.py'))
+            except FileNotFoundError:
+                config = Config()
+            if config.get('default_scope') != self.scope:
+                raise
+            return config, None  # there are no weights
+
+    BaseInferencer._load_model_from_metafile = load_model_or_ours
 
 
 STATISTICS = ('min', 'max', 'current', 'mean')

@@ -203,10 +203,13 @@ def attended_slots(
 
 
 def slot_offsets(weight: Tensor) -> Tensor:
-    """Where each slot of kernels (d, k², k, k) reads: (k², 2), x and y from the pixel, in pixels of the map.
+    """Where each slot of the kernels reads: (k², 2), x and y from the pixel, in pixels of the map.
 
     It is the mean of the taps, weighted with the absolute values of the kernels, over all channels: of kernels that
     interpolate between pixels the very place. NaN for a slot that reads nothing.
+
+    Args:
+        weight: (d, k², k, k).
     """
     kernel_size = weight.shape[-1]
     offset = torch.arange(kernel_size, dtype=weight.dtype, device=weight.device) - kernel_size // 2
@@ -216,12 +219,20 @@ def slot_offsets(weight: Tensor) -> Tensor:
 
 
 def deformed_part(weight: Tensor) -> Tensor:
-    """What is learned of merged kernels (d, k², k, k): their difference from the fixed shift."""
+    """What is learned of merged kernels: their difference from the fixed shift.
+
+    Args:
+        weight: (d, k², k, k).
+    """
     return weight - fixed_shift(weight.shape[-1]).to(weight)
 
 
 def shift_distance(weight: Tensor) -> float:
-    """How far kernels (d, k², k, k) are from the fixed shift: ‖deformed part‖ / ‖shift‖, Frobenius norms."""
+    """How far merged kernels are from the fixed shift: ‖deformed part‖ / ‖shift‖, Frobenius norms.
+
+    Args:
+        weight: (d, k², k, k).
+    """
     return float(deformed_part(weight).norm() / weight[:, :, 0, 0].numel() ** 0.5)
 
 

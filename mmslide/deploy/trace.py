@@ -29,9 +29,13 @@ symbolic_shapes_config: Any = torch.fx.experimental._config
 
 
 def trace(module: Exportable, shape: tuple[int, int], dynamic: bool = False) -> ExportedProgram:
-    """The graph of a fused module for images (1, 3, *shape), or for every size from 32 pixels a side.
+    """The graph of a fused module. Slide Attention is made of plain operations in it, and everything that depends on
+    parameters only is a constant.
 
-    Slide Attention is made of plain operations in it, and everything that depends on parameters only is a constant.
+    Args:
+        module: what is exported, see `mmslide.deploy.graphs.part`.
+        shape: height and width of the images (1, 3, H, W).
+        dynamic: whether the graph takes every size from 32 pixels a side instead.
     """
     for child in module.modules():
         if isinstance(child, SlideAttention):
