@@ -1,12 +1,18 @@
 # On a fresh machine, run `make demo` or `make test`; both set up the environment first and skip steps that are done.
 # STACK=classic is torch 2.1 with OpenMMLab's mmcv wheels, STACK=onedl the maintained forks of the MM packages.
 STACK := official
-VENV := .venv$(if $(filter-out official,$(STACK)),-$(STACK))
+ifeq ($(filter official classic onedl,$(STACK)),)
+$(error STACK must be official, classic or onedl, got $(STACK))
+endif
+SUFFIX := $(if $(filter-out official,$(STACK)),-$(STACK))
+VENV := .venv$(SUFFIX)
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEVELOP := $(VENV)/.develop
 DEMO := cascade-mask-rcnn_slide-pvt-mini_fpn_mini-coco.py
+DEMO_DIR := work_dirs/demo$(SUFFIX)
 DEMO_SEG := slide-swin-mini_upernet_mini-ade20k-64x64.py
+DEMO_SEG_DIR := work_dirs/demo-seg$(SUFFIX)
 
 .PHONY: help demo demo-seg test test-all docs evidence setup clean
 .DEFAULT_GOAL := help
@@ -51,25 +57,25 @@ data/mini: | $(READY)
 	$(BIN)/python tools/make_mini_dataset.py data/mini
 
 demo: data/mini
-	$(BIN)/mim train mmslide $(DEMO) --work-dir work_dirs/demo --resume
-	$(BIN)/mim test mmslide $(DEMO) --checkpoint "$$(cat work_dirs/demo/last_checkpoint)" \
-	    --work-dir work_dirs/demo/test --show-dir work_dirs/demo/pictures
+	$(BIN)/mim train mmslide $(DEMO) --work-dir $(DEMO_DIR) --resume
+	$(BIN)/mim test mmslide $(DEMO) --checkpoint "$$(cat $(DEMO_DIR)/last_checkpoint)" \
+	    --work-dir $(DEMO_DIR)/test --show-dir $(DEMO_DIR)/pictures
 ifeq ($(STACK),classic)
-	@echo 'Ground truth and predictions side by side: work_dirs/demo/pictures. Export needs PyTorch 2.6: skipped.'
+	@echo 'Ground truth and predictions side by side: $(DEMO_DIR)/pictures. Export needs PyTorch 2.6: skipped.'
 else
-	$(BIN)/python tools/export.py configs/mini/$(DEMO) "$$(cat work_dirs/demo/last_checkpoint)" work_dirs/demo/model.onnx \
+	$(BIN)/python tools/export.py configs/mini/$(DEMO) "$$(cat $(DEMO_DIR)/last_checkpoint)" $(DEMO_DIR)/model.onnx \
 	    --shape 128 128 --images data/mini/coco/val2017/00000000000[1-8].jpg
-	$(BIN)/python tools/run_exported.py work_dirs/demo/model.onnx data/mini/coco/val2017/000000000001.jpg \
-	    work_dirs/demo/onnx.png
-	@echo 'Ground truth and predictions side by side: work_dirs/demo/pictures'
-	@echo 'The same model in ONNX: work_dirs/demo/model.onnx; its predictions without PyTorch: work_dirs/demo/onnx.png'
+	$(BIN)/python tools/run_exported.py $(DEMO_DIR)/model.onnx data/mini/coco/val2017/000000000001.jpg \
+	    $(DEMO_DIR)/onnx.png
+	@echo 'Ground truth and predictions side by side: $(DEMO_DIR)/pictures'
+	@echo 'The same model in ONNX: $(DEMO_DIR)/model.onnx; its predictions without PyTorch: $(DEMO_DIR)/onnx.png'
 endif
 
 demo-seg: data/mini
-	$(BIN)/mim train mmslide $(DEMO_SEG) --work-dir work_dirs/demo-seg --resume
-	$(BIN)/mim test mmslide $(DEMO_SEG) --checkpoint "$$(cat work_dirs/demo-seg/last_checkpoint)" \
-	    --work-dir work_dirs/demo-seg/test --show-dir work_dirs/demo-seg/pictures
-	@echo 'Ground truth and predictions side by side: work_dirs/demo-seg/pictures'
+	$(BIN)/mim train mmslide $(DEMO_SEG) --work-dir $(DEMO_SEG_DIR) --resume
+	$(BIN)/mim test mmslide $(DEMO_SEG) --checkpoint "$$(cat $(DEMO_SEG_DIR)/last_checkpoint)" \
+	    --work-dir $(DEMO_SEG_DIR)/test --show-dir $(DEMO_SEG_DIR)/pictures
+	@echo 'Ground truth and predictions side by side: $(DEMO_SEG_DIR)/pictures'
 
 evidence: data/mini
 	$(BIN)/python -m benchmarks.evidence $(if $(BCCD),--bccd $(BCCD))

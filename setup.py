@@ -50,8 +50,7 @@ class EditableWithMim(editable_wheel):
         result = super()._run_build_commands(dist_name, unpacked_wheel, build_lib, tmp_dir)
         mim = Path(unpacked_wheel, 'mmslide', '.mim')
         for path in (ROOT / 'configs').rglob('*.py'):
-            if '_base_' not in path.parts:
-                write(mim / path.relative_to(ROOT), f'_base_ = {str(path)!r}\n')
+            write(mim / path.relative_to(ROOT), f'_base_ = {str(path)!r}\n')
         for path in (ROOT / 'tools').glob('*.py'):
             lead = f'import runpy\n\nrunpy.run_path({str(path)!r}, run_name={"__main__"!r})\n'
             write(mim / path.relative_to(ROOT), lead)
@@ -79,6 +78,8 @@ native = Extension(
 )
 
 setup(
+    # Home-page, which `mim list` prints as the source; the URLs in pyproject.toml are no Home-page.
+    url='https://arxiv.org/abs/2304.04237',
     ext_modules=[native],
     packages=find_packages(include=['mmslide', 'mmslide.*']),
     # Makes an editable install a plain path entry, so that site-packages/mmslide/.mim is not a second package.

@@ -24,7 +24,7 @@ from mmslide.ops import fixed_shift, merge_paths, neighborhood_attention, slide_
 from mmslide.ops.reference import neighborhood_reference
 from mmslide.weights import load_pretrained
 
-from .baselines import flex, im2col, two_path
+from .baselines import flex, im2col, natten, two_path
 from .measure import Side, check
 
 # Rounding of the result and of its inputs.
@@ -78,7 +78,8 @@ def op_pair(
     Args:
         backend: of `mmslide.ops.slide_attention`.
         baseline: 'two-path' (training form of the paper), 'im2col', 'flex' (FlexAttention in the same window, with all
-            learned parameters zero), or a backend: 'conv' is the inference form of the paper.
+            learned parameters zero), 'natten' (likewise; compared only at pixels whose window lies inside the map), or
+            a backend: 'conv' is the inference form of the paper.
     """
     head_dims, slots = embed_dims // num_heads, kernel_size**2
     generator = torch.Generator().manual_seed(0)
@@ -86,7 +87,8 @@ def op_pair(
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(device)
 
-    strength = 0.0 if baseline == 'flex' else 1.0
+    undeformed = {'flex': flex, 'natten': natten}.get(baseline)
+    strength = 0.0 if undeformed else 1.0
     qkv = draw(batch, height, width, 3, num_heads, head_dims).to(dtype).unbind(3)
     if training:
         qkv = tuple(x.contiguous().requires_grad_() for x in qkv)
@@ -111,26 +113,24 @@ def op_pair(
     def unfolded() -> list[Tensor]:
         return merged(lambda q, k, v, *parameters: im2col(q, k, v, *(x.to(dtype) for x in parameters)))
 
+    ours: Callable[[], list[Tensor]] = partial(merged, partial(slide_attention, backend=backend))
     if baseline == 'two-path':
         theirs: Callable[[], list[Tensor]] = both_paths
     elif baseline == 'im2col':
         theirs = unfolded
-    elif baseline == 'flex':
-        theirs = lambda: [flex(kernel_size, *qkv)]  # noqa: E731
+    elif undeformed:
+        theirs = lambda: [undeformed(kernel_size, *qkv)]  # noqa: E731
     else:
         theirs = partial(merged, partial(slide_attention, backend=baseline))
+    if baseline == 'natten':
+        ours, theirs = (partial(_inside, run, kernel_size // 2) for run in (ours, theirs))
     inputs = dict(zip('qkv', qkv, strict=True))
     learned = dict(deform=deform, shift_bias=shift_bias, deform_bias=deform_bias, rpb=rpb)
-    if baseline != 'flex':
+    if not undeformed:
         inputs, learned = inputs | learned, {}
     return Pair(
         name=f'{height}×{width}×{embed_dims}, {num_heads} heads, k={kernel_size}',
-        ours=Side(
-            backend or 'ours',
-            partial(merged, partial(slide_attention, backend=backend)),
-            inputs,
-            list(learned.values()),
-        ),
+        ours=Side(backend or 'ours', ours, inputs, list(learned.values())),
         baseline=Side(baseline, theirs, inputs),
         tolerance=TOLERANCE[dtype],
         # Forward reads q, k, v and writes the output; backward reads these and a gradient and writes three gradients.
@@ -138,6 +138,11 @@ def op_pair(
         operations=2 * 2 * (slots * slots + slots) * qkv[0].numel() * (1 + 2 * training),
         images=batch,
     )
+
+
+def _inside(run: Callable[[], list[Tensor]], reach: int) -> list[Tensor]:
+    """The maps (B, H, W, ...) without their border."""
+    return [out[:, reach:-reach, reach:-reach] for out in run()]
 
 
 def neighborhood_pair(

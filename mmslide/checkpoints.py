@@ -273,15 +273,28 @@ def _read_torch(file: Path, map_location: Any) -> Any:
         raise ValueError(damaged)
     try:
         return safe_load(file, map_location, HARMLESS)
-    except (MemoryError, torch.cuda.OutOfMemoryError):
+    except torch.cuda.OutOfMemoryError:
         raise
+    except MemoryError as error:
+        raise ValueError('it is damaged, or does not fit into memory') from error
     except Exception as error:  # a damaged file can fail anywhere in the unpickler, in any way
         # Without torch's advice to read the file with weights_only=False, which would execute its code.
         pattern = r'(?:GLOBAL|WeightsUnpickler error:)\s+([^\n]+?)(?: was not| whose module|\n|$)'
         refusal = re.search(pattern, str(error))
         what = 'a TorchScript program' if 'TorchScript' in str(error) else refusal and refusal[1]
-        reason = f'it is damaged, or holds more than tensors and plain values ({what})'
-        raise ValueError(reason if what else damaged) from error
+        if (what and 'Unsupported operand' in what) or (not what and _is_no_zip(file)):
+            reason = 'it is damaged, or not a zip file of torch.save with its default pickle_protocol; save it again'
+        elif what:
+            reason = f'it is damaged, or holds more than tensors and plain values ({what})'
+        else:
+            reason = damaged
+        raise ValueError(reason) from error
+
+
+def _is_no_zip(file: Path) -> bool:
+    """Whether a file does not even start like a zip file, unlike a truncated one."""
+    with file.open('rb') as stream:
+        return stream.read(2) not in (b'PK', b'')
 
 
 def _is_whole(file: Path) -> bool:

@@ -1,7 +1,9 @@
 """Figures of the results of `mmslide.visualize`. Does not use pyplot, so the user's own figures are unaffected."""
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,11 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
+from mmslide import visualize
+from mmslide.checkpoints import class_names
+from mmslide.deploy import load_model
+from mmslide.deploy.targets.images import read_image
+from mmslide.models.arguments import check_integer, check_stages
 from mmslide.ops import fixed_shift
 from mmslide.visualize import (
     AttendedSlots,
@@ -25,11 +32,127 @@ from mmslide.visualize import (
     tiled,
 )
 
+KINDS = ('features', 'attention', 'kernels', 'erf', 'cam')
+IMAGE_KINDS = {'features', 'attention', 'erf', 'cam'}
+SLIDE_KINDS = {'attention', 'kernels'}
+NO_SLIDE_ATTENTION = 'the model has no Slide Attention in these stages'
+
 PANEL = 2.4  # inches
 SIGNED, POSITIVE = 'RdBu_r', 'viridis'
 SHARES = {0.5: 'solid', 0.95: 'dashed'}  # of a receptive field, outlined
 FAINTEST = 1e-4  # of a receptive field, relative to its maximum
 TINY = 1e-12
+
+
+def draw(
+    config: str | Path,
+    checkpoint: str | Path,
+    images: Sequence[str | Path] = (),
+    kinds: Sequence[str] | None = None,
+    stages: Sequence[int] | None = None,
+    points: Sequence[tuple[float, float]] = ((0.5, 0.5),),
+    history: Sequence[str | Path] = (),
+    host_checkpoint: str | Path | None = None,
+    channels: int = 3,
+    targets: int = 3,
+    score_thr: float = 0.3,
+) -> Iterator[tuple[str, Figure]]:
+    """Yields the name and the figure of everything that can be drawn for a trained model, as in tools/visualize.py.
+
+    Args:
+        config: file of the config.
+        checkpoint: file or URL of the weights.
+        images: image files; not needed for kernels.
+        kinds: some of 'features', 'attention', 'kernels', 'erf' and 'cam'; None draws all possible ones.
+        stages: numbers of the stages, from 0; None draws all.
+        points: where to draw attention, x and y as fractions of the image's width and height.
+        history: checkpoints of a training run, or its folder, see `kernel_history`.
+        host_checkpoint: weights of the host, to compare its receptive field.
+        channels: number of channels per feature map.
+        targets: number of class activations per image.
+        score_thr: minimum score of detections.
+
+    Raises:
+        ValueError: an argument needs something that the model or the other arguments lack, there is nothing to draw,
+            or a file is not an image; see also `load_model`.
+        OSError: a file does not exist or cannot be read.
+    """
+    cfg, model, meta = load_model(config, checkpoint)
+    backbone = visualize.find_backbone(model)
+    stages = range(len(backbone.stages)) if stages is None else stages
+    check_stages('stages', stages, len(backbone.stages))
+    check_integer('channels', channels)
+    check_integer('targets', targets)
+    prefixes = tuple(f'stages.{stage}.' for stage in stages)
+    blocks = [name for name in visualize.slide_attentions(backbone) if name.startswith(prefixes)]
+    chosen = _chosen_kinds(kinds, bool(images), bool(blocks), bool(history))
+    if host_checkpoint and not ('erf' in chosen and blocks):
+        raise ValueError('host_checkpoint needs the kind erf and a model with Slide Attention')
+    for image in images:
+        read_image(image)  # reports invalid images before doing any work
+    if 'kernels' in chosen:
+        kernels = visualize.merged_kernels(backbone)
+        yield 'kernels', kernel_figure({name: kernels[name] for name in blocks})
+    if history:
+        labels, iterations, distances = visualize.kernel_history(config, history)
+        yield 'history', history_figure(labels, {name: distances[name] for name in blocks}, iterations)
+    stems = [Path(image).stem for image in images]
+    if len(set(stems)) < len(stems):
+        stems = [f'{index}_{stem}' for index, stem in enumerate(stems)]
+    inputs = []
+    for stem, image in zip(stems, images, strict=True):
+        sample = visualize.load_sample(cfg, model, image)
+        inputs.append(sample.inputs)
+        if 'features' in chosen:
+            maps = visualize.feature_maps(backbone, sample.inputs)
+            drawn = {stage: maps[stage] for stage in stages}
+            yield f'features_{stem}', feature_figure(sample, drawn, backbone.strides, channels)
+        if 'attention' in chosen:
+            height, width = sample.pixels.shape[:2]
+            for x, y in points:
+                point = x * width, y * height
+                slots = visualize.attended_slots(backbone, sample.inputs, point, stages)
+                yield f'attention_{stem}_{x:g}-{y:g}', attention_figure(sample, point, slots)
+        if 'cam' in chosen:
+            found, reason = [], f'no detection has a score of {score_thr} or more'
+            try:
+                found = visualize.class_activations(model, sample, class_names(meta), targets, score_thr)
+            except ValueError as error:
+                if kinds:
+                    raise
+                reason = str(error)
+            if found:
+                yield f'cam_{stem}', activation_figure(sample, found, stages, backbone.strides)
+            else:
+                print(f'{image}: no class activation, since {reason}')
+    if 'erf' in chosen:
+        crops = visualize.centre_crops(inputs, backbone.strides[-1])
+        name = type(backbone).__name__
+        backbones = {name: backbone}
+        if blocks:
+            weights = 'its own weights' if host_checkpoint else 'attention untrained'
+            host = visualize.build_host(cfg, backbone, host_checkpoint)
+            backbones[f'{name.removeprefix("Slide")} (host)\n{weights}'] = host
+        fields = {
+            name: visualize.receptive_fields(partial(visualize.stage_maps, x), crops) for name, x in backbones.items()
+        }
+        yield 'erf', receptive_field_figure(fields, stages, backbone.strides, len(images))
+
+
+def _chosen_kinds(kinds: Sequence[str] | None, images: bool, slide_attention: bool, history: bool) -> list[str]:
+    """The kinds to draw: the given ones, or everything possible with the given images and model."""
+    if unknown := set(kinds or ()) - set(KINDS):
+        raise ValueError(f'kinds must be some of {KINDS}, got {sorted(unknown)}')
+    problems = {} if images else dict.fromkeys(IMAGE_KINDS, 'no image is given')
+    if not slide_attention:
+        problems.update(dict.fromkeys(SLIDE_KINDS, NO_SLIDE_ATTENTION))
+    for kind in [*(kinds or ()), *(['kernels'] if history else ())]:
+        if kind in problems:
+            raise ValueError(f'cannot draw {kind}: {problems[kind]}')
+    chosen = [kind for kind in kinds or KINDS if kind not in problems]
+    if not chosen:
+        raise ValueError(f'nothing to draw: no image is given, and {NO_SLIDE_ATTENTION}')
+    return chosen
 
 
 def feature_figure(sample: Sample, maps: Mapping[int, Tensor], strides: Sequence[int], channels: int = 3) -> Figure:

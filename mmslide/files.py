@@ -26,6 +26,9 @@ def configs_folder() -> Path:
 def find_config(name: str | Path) -> Path:
     """A config file by path, or one of mmslide's own by its bare name, as in mim.
 
+    Args:
+        name: a path, or a name such as `mask-rcnn_slide-pvt-t_fpn_1x_coco.py`.
+
     Raises:
         FileNotFoundError: neither exists.
     """

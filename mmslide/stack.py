@@ -14,11 +14,10 @@ import torch
 from mmengine.config import Config
 from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.logging import HistoryBuffer
-from mmengine.utils import digit_version
 
 from .compat import add_safe_globals
-from .files import configs_folder
-from .version import MMPRETRAIN, REQUIRED, VERSIONS, requirement
+from .files import configs_folder, find_config
+from .version import REQUIRED, VERSIONS, fits, install_command, version_range
 
 try:
     from numpy._core import multiarray
@@ -36,13 +35,13 @@ def check_versions() -> None:
         RuntimeError: one is missing, too old, too new, or incompatible with the others. Not an ImportError, which
             mmengine's registries swallow: users would see "SlidePVT is not in the registry".
     """
-    for name, (minimum, limit) in VERSIONS.items():
+    for name in VERSIONS:
+        if name == 'mmpretrain':  # takes seconds to import: see check_scope
+            continue
         if find_spec(name) is not None:
-            problem = _problem(name, minimum, limit)
+            problem = _problem(name)
         elif name in REQUIRED:
-            problem = (
-                f'mmslide needs {name}, which is not installed. Run: mim install {requirement(name, minimum, limit)}'
-            )
+            problem = f'mmslide needs {name}, which is not installed. Run: {install_command(name)}'
         else:
             continue
         if problem:
@@ -71,21 +70,23 @@ def check_scope(scope: str | None) -> None:
             f'mmpretrain needs torchvision, which cannot be imported ({type(error).__name__}: {error}). '
             f'Run: pip install torchvision torch=={torch_version}'
         ) from error
-    if problem := _problem(scope, *MMPRETRAIN):
+    if problem := _problem(scope):
         raise ImportError(problem)
 
 
-def _problem(name: str, minimum: str, limit: str) -> str | None:
+def _problem(name: str) -> str | None:
     """Why an installed package is incompatible, and the command that fixes it."""
-    wanted = requirement(name, minimum, limit)
     try:
         # Some forks have other distribution names, so the version is read from the module.
-        version = importlib.import_module(name).__version__
+        version = getattr(importlib.import_module(name), '__version__', 'of unknown version')
     except AssertionError as error:  # how mmdet, mmseg and mmpretrain refuse a version of mmcv or mmengine
-        return f'{name} is incompatible with other packages: {error} Run: mim install {wanted} "mmcv>=2.0.0,<2.2.0"'
-    if digit_version(minimum) <= digit_version(version) < digit_version(limit):
+        return f'{name} is incompatible with other packages: {error} Run: {install_command(name, "mmcv")}'
+    if fits(name, version):
         return None
-    return f'mmslide works with {wanted}, but {name} {version} is installed. Run: mim install {wanted}'
+    return (
+        f'mmslide works with {name} {version_range(name)}, but {name} {version} is installed. '
+        f'Run: {install_command(name)}'
+    )
 
 
 def declare_torchvision_operators() -> None:
@@ -131,6 +132,30 @@ def register_package() -> None:
         return str(path), None
 
     Config._get_cfg_path = staticmethod(config_path_or_ours)
+
+
+def register_bare_names() -> None:
+    """Makes mmdet's and mmseg's inferencers accept the bare names of mmslide's configs, without `.py`.
+
+    The models of their own package take precedence.
+    """
+    from mmengine.infer import BaseInferencer  # imports mmengine's runner
+
+    load_model = BaseInferencer._load_model_from_metafile
+
+    def load_model_or_ours(self: BaseInferencer, model: str) -> tuple[Config, str | None]:
+        try:
+            return load_model(self, model)
+        except ValueError:  # the package of the inferencer has no such model
+            try:
+                config = Config.fromfile(find_config(f'{model}.py'))
+            except FileNotFoundError:
+                config = Config()
+            if config.get('default_scope') != self.scope:
+                raise
+            return config, None  # there are no weights
+
+    BaseInferencer._load_model_from_metafile = load_model_or_ours
 
 
 STATISTICS = ('min', 'max', 'current', 'mean')

@@ -15,8 +15,6 @@ from torch.nn.modules import module
 from .unpickler import load
 
 is_compiling = torch._dynamo.is_compiling
-# First bytes of files by torch.save that are not zip files: a pickled number.
-OLD_FORMAT = b'\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.'
 
 
 class CustomOp:
@@ -103,11 +101,10 @@ def statically_known_true(condition: Any) -> bool:
 def safe_load(file: Path, map_location: Any, globals_: dict[str, Any]) -> Any:
     from .stack import HISTORY_GLOBALS
 
-    with file.open('rb') as stream:
-        old = stream.read(len(OLD_FORMAT)) == OLD_FORMAT
-    if old:
-        raise pickle.UnpicklingError('GLOBAL the format of PyTorch before 1.6, which takes PyTorch 2.6 to read safely')
-    return load(file, map_location, {**HISTORY_GLOBALS, **globals_})
+    try:
+        return load(file, map_location, {**HISTORY_GLOBALS, **globals_})
+    except pickle.UnpicklingError as error:  # as torch words it
+        raise pickle.UnpicklingError(f'WeightsUnpickler error: {error}') from error
 
 
 def add_safe_globals(_: list) -> None:

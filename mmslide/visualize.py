@@ -204,10 +204,13 @@ def attended_slots(
 
 
 def slot_offsets(weight: Tensor) -> Tensor:
-    """The position that each slot of kernels (d, k², k, k) reads: (k², 2), x and y from the pixel, in map pixels.
+    """The position that each slot of the kernels reads: (k², 2), x and y from the pixel, in map pixels.
 
     It is the mean position of the taps, weighted by the absolute values of the kernels, over all channels; for kernels
     that interpolate between pixels, it is exactly the interpolated position. NaN for a slot that reads nothing.
+
+    Args:
+        weight: (d, k², k, k).
     """
     kernel_size = weight.shape[-1]
     offset = torch.arange(kernel_size, dtype=weight.dtype, device=weight.device) - kernel_size // 2
@@ -217,12 +220,20 @@ def slot_offsets(weight: Tensor) -> Tensor:
 
 
 def deformed_part(weight: Tensor) -> Tensor:
-    """The learned part of merged kernels (d, k², k, k): their difference from the fixed shift."""
+    """The learned part of merged kernels: their difference from the fixed shift.
+
+    Args:
+        weight: (d, k², k, k).
+    """
     return weight - fixed_shift(weight.shape[-1]).to(weight)
 
 
 def shift_distance(weight: Tensor) -> float:
-    """The distance of kernels (d, k², k, k) from the fixed shift: ‖deformed part‖ / ‖shift‖, Frobenius norms."""
+    """The distance of merged kernels from the fixed shift: ‖deformed part‖ / ‖shift‖, Frobenius norms.
+
+    Args:
+        weight: (d, k², k, k).
+    """
     return float(deformed_part(weight).norm() / weight[:, :, 0, 0].numel() ** 0.5)
 
 

@@ -3,6 +3,7 @@ import runpy
 import sys
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from benchmarks import (
 )
 from benchmarks.baselines import im2col
 from benchmarks.pairs import SMALL_SHAPE
-from mmslide.ops import slide_attention
+from mmslide.ops import neighborhood_attention, slide_attention
 from mmslide.ops.backends import BACKENDS, Backend
 
 ROOT = Path(__file__).parents[1]
@@ -215,6 +216,17 @@ def test_flex_attention_is_the_op_with_nothing_learned():
         ours, theirs = pair.ours.forward(), pair.baseline.forward()
     assert relative_error(theirs[0], ours[0]) < 1e-5
     assert len(pair.ours.parameters) == 4  # whose gradients training computes all the same
+
+
+@pytest.mark.parametrize('training', [False, True])
+def test_natten_is_the_op_with_nothing_learned_inside_the_map(training, monkeypatch):
+    def na2d(q, k, v, kernel_size):
+        return neighborhood_attention(q, k, v, torch.zeros(q.shape[3], 2 * kernel_size - 1, 2 * kernel_size - 1))
+
+    monkeypatch.setitem(sys.modules, 'natten', SimpleNamespace(na2d=na2d))
+    pair = op_pair(9, 11, 16, 2, baseline='natten', training=training)
+    assert pair.ours.forward()[0].shape == (1, 7, 9, 2, 8)
+    compare(pair.ours, pair.baseline, training, pair.tolerance, seconds=0.0)
 
 
 @pytest.mark.slow

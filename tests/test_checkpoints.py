@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 import zipfile
@@ -330,7 +331,8 @@ def test_what_is_wrong_with_a_file_is_said(tmp_path, monkeypatch):
     path = tmp_path / 'x.pth'
     with pytest.raises(FileNotFoundError, match=r'checkpoint .*x\.pth does not exist'):
         read_checkpoint(path)
-    for content in (b'', b'hello', b'\x80\x02}q\x00.'):
+    torch.save(dict(x=torch.ones(1000)), path)
+    for content in (b'', path.read_bytes()[:1000]):
         path.write_bytes(content)
         with pytest.raises(ValueError, match='damaged or incomplete'):
             read_checkpoint(path)
@@ -348,6 +350,33 @@ def test_what_is_wrong_with_a_file_is_said(tmp_path, monkeypatch):
         read_checkpoint(path)
 
 
+@pytest.mark.parametrize('kind', ['html', 'pickle', 'tar', 'legacy', 'protocol'])
+def test_a_file_in_another_format_is_not_called_incomplete(kind, tmp_path):
+    path = tmp_path / 'x.pth'
+    if kind == 'html':
+        path.write_text('<html>404 Not Found</html>')
+    elif kind == 'pickle':
+        path.write_bytes(pickle.dumps(dict(x=1)))
+    elif kind == 'tar':
+        with tarfile.open(path, 'w') as archive:
+            for name in ('storages', 'tensors', 'pickle'):  # as PyTorch 0.1 wrote them
+                archive.addfile(tarfile.TarInfo(name))
+    else:
+        torch.save(dict(x=np.ones(2)), path, pickle_protocol=4, _use_new_zipfile_serialization=kind == 'protocol')
+    with pytest.raises(ValueError, match=r'or not a zip file of torch\.save with its default pickle_protocol; save it'):
+        read_checkpoint(path)
+
+
+def test_an_array_that_no_memory_can_hold(tmp_path):
+    """NumPy has a MemoryError for it, which is no damage that users would know of."""
+    state = pickle.dumps((1, (2**62, 4), np.dtype('f8'), False, b'x'), 2)[2:-1]
+    path = checkpoint_of(
+        b'cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85N\x87R' + state + b'b', tmp_path
+    )
+    with pytest.raises(ValueError, match='not a readable checkpoint: it is damaged, or'):
+        read_checkpoint(path)
+
+
 def test_the_old_format_with_settings_inside(tmp_path):
     path = tmp_path / 'old.pth'
     content = {'model': dict(x=torch.ones(1)), 'args': argparse.Namespace(lr=1e-4)}
@@ -355,7 +384,7 @@ def test_the_old_format_with_settings_inside(tmp_path):
     if MODERN:
         assert read_checkpoint(path)['args'].lr == 1e-4
     else:
-        with pytest.raises(ValueError, match=r'the format of PyTorch before 1\.6, which takes PyTorch 2\.6'):
+        with pytest.raises(ValueError, match=r'not a zip file of torch\.save'):
             read_checkpoint(path)
 
 

@@ -352,7 +352,7 @@ def test_mim_reads_the_model_index(capsys):
     assert frame.loc['mask-rcnn_slide-pvt-t_fpn_1x_coco', 'parameters(M)'] == pytest.approx(32, abs=0.6)
     assert not [column for column in frame.columns if 'coco/' in column or 'ade20k/' in column]
     (weight,) = set(frame['weight'])
-    assert weight.startswith('none yet')
+    assert weight.startswith('none: ')
     assert weight.endswith('/')  # which mim download fetches nothing for
     assert ',' not in weight  # where it would split
     search.print_df(frame, 80)

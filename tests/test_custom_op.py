@@ -252,7 +252,7 @@ def test_what_native_cannot_do_is_refused_by_hand_and_left_to_others(shape, dtyp
     args[:3] = (x.to(dtype) for x in args[:3])
     if dtype == torch.float64:
         args[3:] = (x.to(dtype) for x in args[3:])
-    with pytest.raises(ValueError, match=rf"backend 'native' {message}; use 'tapwise'"):
+    with pytest.raises(ValueError, match=rf"backend 'native' {message}; use None"):
         slide_attention(*args, backend='native')
     assert slide_attention(*args).shape == args[0].shape
 
@@ -291,6 +291,7 @@ def test_the_choice_of_backend(device, chosen):  # on CUDA: see test_triton.py
 def test_other_devices_take_plain_operations():
     q = SimpleNamespace(device=torch.device('mps'), is_meta=False, is_cuda=False)
     assert choose_backend(q, torch.empty(32, 9, 3, 3)) == 'unrolled'
+    assert backends.BACKENDS['tapwise'].refusal(q, torch.empty(32, 9, 3, 3)) == 'needs CPU or CUDA tensors, got mps'
 
 
 def test_the_environment_chooses(monkeypatch):

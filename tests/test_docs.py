@@ -1,6 +1,7 @@
 """The documentation: its code runs or says why not, every link leads somewhere, public arguments are documented."""
 
 import inspect
+import json
 import os
 import re
 import runpy
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 from helpers import NEEDS_MODERN, TOOLS
 from mmengine.config import Config
+from mmengine.registry import DATASETS, DefaultScope
 
 from mmslide.build import build_model
 from mmslide.data import check_datasets
@@ -24,7 +26,12 @@ sys.path.insert(0, str(TOOLS))
 import make_mini_dataset as mini
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / 'README.md', ROOT / 'CONTRIBUTING.md', *sorted((ROOT / 'docs').rglob('*.md'))]
+PAGES = [
+    ROOT / 'README.md',
+    ROOT / 'CONTRIBUTING.md',
+    *sorted((ROOT / 'docs').rglob('*.md')),
+    *sorted((ROOT / 'configs').rglob('*.md')),
+]
 # A block of code, with the comment above it. `<!-- not run: REASON -->` leaves it out, `<!-- slow -->` leaves it to
 # `make test-all`, `<!-- needs PACKAGE -->` runs it where that is installed.
 BLOCK = re.compile(r'(?:^<!-- (?P<marker>[^\n]+) -->\n)?^```(?P<info>[^\n]*)\n(?P<code>.*?)^```$', re.M | re.S)
@@ -51,6 +58,7 @@ val_dataloader['dataset']['indices'] = 2
 SHORTENED = {
     'configs/my-detector.py': NO_DOWNLOAD + SHORT_EPOCH,
     'configs/my-finetuning.py': "load_from = 'work_dirs/my-detector/epoch_1.pth'\n",
+    'configs/my-box-detector.py': NO_DOWNLOAD + SHORT_EPOCH,
     'configs/my-segmentor.py': NO_DOWNLOAD + SHORT_ITERATIONS,
     'configs/mini/cascade-mask-rcnn_slide-pvt-mini_fpn_mini-coco.py': SHORT_EPOCH,
     'configs/mini/slide-swin-mini_upernet_mini-ade20k-64x64.py': SHORT_ITERATIONS,
@@ -65,6 +73,10 @@ class Block:
     language: str
     title: str  # of the file that it is
     code: str
+
+
+def page_id(page: Path) -> str:
+    return str(page.relative_to(ROOT))
 
 
 def blocks_of(page: Path) -> list[Block]:
@@ -94,16 +106,16 @@ def with_blocks(slow: bool) -> list[Path]:
     ]
 
 
-@pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize('page', PAGES, ids=page_id)
 def test_each_block_is_run_or_says_why_not(page):
     text = page.read_text()
     blocks = blocks_of(page)
     assert len(re.findall(r'^\s*```', text, re.M)) == 2 * len(blocks)
     for block in blocks:
-        assert block.language in LANGUAGES | OTHERS, f'{page.name}:{block.line}: a block needs a language'
+        assert block.language in LANGUAGES | OTHERS, f'{page_id(page)}:{block.line}: a block needs a language'
         # Other comments may stand above a block.
         if re.match(r'(not run|slow|needs)\b', block.marker):
-            assert MARKER.fullmatch(block.marker), f'{page.name}:{block.line}: {block.marker}'
+            assert MARKER.fullmatch(block.marker), f'{page_id(page)}:{block.line}: {block.marker}'
             assert block.language in LANGUAGES
 
 
@@ -145,7 +157,7 @@ def run_shell(blocks: list[Block]) -> str:
     return output
 
 
-@pytest.mark.parametrize('page', with_blocks(slow=False), ids=lambda page: page.name)
+@pytest.mark.parametrize('page', with_blocks(slow=False), ids=page_id)
 def test_blocks(page, checkout):
     """Python runs; configs load, build their model and can use the generated data if they name it."""
     mini.make_mini_dataset('data/mini', **MINI)
@@ -168,11 +180,29 @@ def test_blocks(page, checkout):
                 assert [check.problems for check in checks] == [[], []]
 
 
+def test_boxes_without_masks(checkout):
+    """The page's config takes annotations that have no `segmentation` at all."""
+    mini.make_mini_dataset('data/mini', **MINI)
+    for path in Path('data/mini/coco/annotations').glob('*.json'):
+        content = json.loads(path.read_text())
+        assert all(annotation.pop('segmentation') for annotation in content['annotations'])
+        path.write_text(json.dumps(content))
+    list(write_files(blocks_of(ROOT / 'docs/your-data.md')))
+    config = Config.fromfile('configs/my-box-detector.py')
+    checks = check_datasets(config, 'train_dataloader', 'val_dataloader', everything=True)
+    assert [check.problems for check in checks] == [[], []]
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        dataset = DATASETS.build(config.train_dataloader.dataset)
+    assert len(dataset[0]['data_samples'].gt_instances.bboxes)
+
+
 @NEEDS_MODERN
 @pytest.mark.exhaustive
-@pytest.mark.parametrize('page', with_blocks(slow=True), ids=lambda page: page.name)
+@pytest.mark.parametrize('page', with_blocks(slow=True), ids=page_id)
 def test_slow_blocks(page, checkout):
     """Every command as it stands on the page, with shortened configs."""
+    if page.name == 'README.md':  # reads what `make demo` has drawn
+        mini.make_mini_dataset('data/mini', **MINI)
     blocks = [block for block in blocks_of(page) if runs(block, slow=True)]
     list(write_files(blocks))
     for name, text in SHORTENED.items():
@@ -193,8 +223,15 @@ def mkdocs():
     return [sys.executable, '-m', 'mkdocs', 'build']  # --quiet would leave warnings out, and strict with them
 
 
-def build_site(mkdocs: list[str], folder: Path) -> subprocess.CompletedProcess:
-    return subprocess.run([*mkdocs, '--site-dir', str(folder)], cwd=ROOT, capture_output=True, text=True)
+@pytest.fixture
+def site_copy(tmp_path):
+    """A checkout whose pages and docstrings may be changed."""
+    left_out = shutil.ignore_patterns('.*', '*.so', 'build', 'data', 'work_dirs', 'site', '*.egg-info')
+    return shutil.copytree(ROOT, tmp_path / 'copy', ignore=left_out)
+
+
+def build_site(mkdocs: list[str], folder: Path, checkout: Path = ROOT) -> subprocess.CompletedProcess:
+    return subprocess.run([*mkdocs, '--site-dir', str(folder)], cwd=checkout, capture_output=True, text=True)
 
 
 @pytest.mark.slow
@@ -217,28 +254,9 @@ def resolve(name: str):
     return getattr(import_module(module), attribute)
 
 
-def documented(thing) -> set[str]:
-    """The arguments that the docstring has words for; of a class, in those of its bases too."""
-    griffe = pytest.importorskip('griffe')
-    names: set[str] = set()
-    for part in thing.__mro__ if inspect.isclass(thing) else [thing]:
-        text = inspect.cleandoc(vars(part).get('__doc__') or '') if inspect.isclass(part) else inspect.getdoc(part)
-        if not part.__module__.startswith('mmslide') or not text:
-            continue
-        for section in griffe.Docstring(text).parse('google', warnings=False):
-            if section.kind is griffe.DocstringSectionKind.parameters:
-                names |= {name for parameter in section.value for name in parameter.name.split(', ')}
-    return names
-
-
-@pytest.mark.parametrize('name', public_names())
-def test_public_arguments_are_documented(name):
-    thing = resolve(name)
-    assert inspect.getdoc(thing)
-    arguments = set(inspect.signature(thing).parameters)
-    missing, unknown = arguments - documented(thing), documented(thing) - arguments
-    assert not missing, f'{name}: no words for {sorted(missing)}'
-    assert not unknown, f'{name}: words for {sorted(unknown)}, which do not exist'
+def test_public_arguments_are_documented(mkdocs):
+    """By the site's hook, which stops `make docs` alike."""
+    assert runpy.run_path(str(ROOT / 'docs/scripts/site_hook.py'))['docstring_problems']() == []
 
 
 @pytest.mark.parametrize('module', ['models', 'models.attention', 'ops', 'deploy', 'weights'])
@@ -247,6 +265,19 @@ def test_the_api_page_has_everything_public(module):
     public = import_module(f'mmslide.{module}')
     internal = {'check_backend', 'is_pretrained'}  # for other parts of the package
     assert not [name for name in set(public.__all__) - internal if getattr(public, name) not in listed]
+
+
+@pytest.mark.parametrize('page', [page for page in PAGES if page.name != 'add-a-backbone.md'], ids=page_id)
+def test_the_api_page_has_everything_that_pages_import(page):
+    """But for a backbone's author, who works inside the package."""
+    listed = [resolve(name) for name in public_names()]
+    for block in blocks_of(page):
+        for module, names in re.findall(r'^from (mmslide\b\S*) import ([^#\n]+)', block.code, re.M):
+            for name in names.strip('() ').split(', '):
+                thing = getattr(import_module(module), name)
+                assert thing in listed or inspect.ismodule(thing), (
+                    f'{page_id(page)}: {module}.{name} is not on the API page'
+                )
 
 
 @pytest.mark.exhaustive
@@ -259,12 +290,31 @@ def test_the_api_page_has_everything_public(module):
         ('../configs/twins', 'configs/twins'),
     ],
 )
-def test_a_dead_link_stops_the_site(link, message, mkdocs, tmp_path):
-    left_out = shutil.ignore_patterns('.*', '*.so', 'build', 'data', 'work_dirs', 'site', '*.egg-info')
-    shutil.copytree(ROOT, tmp_path / 'copy', ignore=left_out)
-    with (tmp_path / 'copy/docs/faq.md').open('a') as page:
+def test_a_dead_link_stops_the_site(link, message, mkdocs, site_copy):
+    with (site_copy / 'docs/faq.md').open('a') as page:
         page.write(f'\n[somewhere]({link})\n')
-    result = subprocess.run(mkdocs, cwd=tmp_path / 'copy', capture_output=True, text=True)
+    result = build_site(mkdocs, site_copy / 'site', site_copy)
+    assert result.returncode == 1
+    assert message in result.stderr
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(
+    ('old', 'new', 'message'),
+    [
+        ('        patience: number', '        number', "CheckNonFiniteHook: no words for ['patience']"),
+        (
+            '        patience: number',
+            '        size: none.\n        patience: number',
+            "words for ['size'], which do not",
+        ),
+    ],
+)
+def test_a_wrong_docstring_stops_the_site(old, new, message, mkdocs, site_copy):
+    hooks = site_copy / 'mmslide/hooks.py'
+    assert old in hooks.read_text()
+    hooks.write_text(hooks.read_text().replace(old, new))
+    result = build_site(mkdocs, site_copy / 'site', site_copy)
     assert result.returncode == 1
     assert message in result.stderr
 

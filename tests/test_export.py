@@ -251,7 +251,7 @@ def test_what_cannot_be_drawn_is_named(save, tmp_path):
     link.symlink_to(good)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     for arguments, message in [
-        ((tmp_path / 'none.onnx', good, out), f'there is no file {tmp_path / "none.onnx"}'),
+        ((tmp_path / 'none.onnx', good, out), f'{tmp_path / "none.onnx"} does not exist'),
         ((tmp_path, good, out), f'{tmp_path} must end in one of .onnx, .xml'),
         ((config, good, out), 'config.py must end in one of .onnx, .xml'),
         ((broken['.onnx'], good, out), 'onnxruntime cannot load '),
@@ -264,7 +264,7 @@ def test_what_cannot_be_drawn_is_named(save, tmp_path):
         ((tmp_path / 'text.onnx', good, out), 'text.onnx is not JSON'),
         ((tmp_path / 'list.onnx', good, out), 'list.onnx is not a dict, but list'),
         ((whole, config, out), 'config.py is not a readable image'),
-        ((whole, tmp_path, out), f'there is no file {tmp_path}'),
+        ((whole, tmp_path, out), f'{tmp_path} is a folder'),
         ((whole, good, tmp_path / 'no' / 'folder.png'), 'cannot write image '),
         ((whole, good, tmp_path / 'out.what'), 'cannot write image '),
         ((whole, good, whole), 'whole.onnx is the input '),

@@ -8,8 +8,10 @@ import torch
 from mmengine.hooks import CheckpointHook, Hook
 from mmengine.model import BaseModel, MMDistributedDataParallel
 from mmengine.optim import OptimWrapper
-from mmengine.registry import HOOKS, DefaultScope
+from mmengine.registry import HOOKS, VISBACKENDS, DefaultScope
 from mmengine.runner import Runner
+from mmengine.visualization import Visualizer
+from mmengine.visualization.vis_backend import BaseVisBackend
 from torch import distributed, nn
 
 from mmslide.checkpoints import read_checkpoint
@@ -130,7 +132,7 @@ class SlideModel(BaseModel):
 def train_slide(tmp_path):
     """Four iterations; the model's kernels at each of them and the runner."""
 
-    def train_slide(model, interval=2, **options):
+    def train_slide(model, interval=2, backend='LocalVisBackend', **options):
         plain = model.module if hasattr(model, 'module') else model
         modules = {name: x for name, x in plain.named_modules() if isinstance(x, SlideAttention)}
         kernels = []
@@ -155,7 +157,7 @@ def train_slide(tmp_path):
             optim_wrapper=OptimWrapper(torch.optim.SGD(model.parameters(), lr=1.0)),
             default_hooks=dict(checkpoint=None),
             custom_hooks=[*hooks, Recorder()],
-            visualizer=dict(type='Visualizer', vis_backends=[dict(type='LocalVisBackend')], name=f'v{id(model)}'),
+            visualizer=dict(type='Visualizer', vis_backends=[dict(type=backend)], name=f'v{id(model)}'),
             experiment_name=f'{id(model)}',
             log_level=logging.ERROR,
             **options,
@@ -191,6 +193,53 @@ def assert_sent(kernels, folder, steps):
 def test_kernels_are_sent_to_the_visualizer(train_slide, tmp_path):
     kernels = train_slide(SlideModel())
     assert_sent(kernels, tmp_path, [0, 2, 4])
+
+
+class RecordingBackend(BaseVisBackend):
+    """What any backend is handed, such as W&B's."""
+
+    experiment = None
+
+    def __init__(self, save_dir):
+        super().__init__(save_dir)
+        self.images, self.scalars = {}, {}
+
+    def _init_env(self):
+        pass
+
+    def add_image(self, name, image, step=0, **kwargs):
+        self.images[name, step] = image
+
+    def add_scalars(self, scalar_dict, step=0, file_path=None, **kwargs):
+        self.scalars.update({(name, step): value for name, value in scalar_dict.items()})
+
+
+def test_kernels_are_sent_to_any_backend(train_slide, monkeypatch):
+    monkeypatch.setitem(VISBACKENDS.module_dict, 'RecordingBackend', RecordingBackend)
+    model = SlideModel()
+    kernels = train_slide(model, backend='RecordingBackend')
+    backend = Visualizer.get_instance(f'v{id(model)}').get_backend('RecordingBackend')
+    assert list(backend.images) == [('slide_kernels', step) for step in (0, 2, 4)]
+    assert np.array_equal(backend.images['slide_kernels', 4], to_pixels(kernel_figure(kernels[4])))
+    scalars = {key: value for key, value in backend.scalars.items() if 'slide_kernels' in key[0]}
+    name = 'backbone.stages.0.blocks.0.attn'
+    assert scalars == {(f'slide_kernels/{name}', step): shift_distance(kernels[step][name]) for step in (0, 2, 4)}
+
+
+def test_kernels_are_sent_to_tensorboard(train_slide, tmp_path):
+    pytest.importorskip('tensorboard')
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    kernels = train_slide(SlideModel(), backend='TensorboardVisBackend')
+    (file,) = tmp_path.rglob('events.out.tfevents.*')
+    events = EventAccumulator(str(file)).Reload()
+    assert [image.step for image in events.Images('slide_kernels')] == [0, 2, 4]
+    image = cv2.imdecode(np.frombuffer(events.Images('slide_kernels')[-1].encoded_image_string, np.uint8), 1)
+    assert np.array_equal(image[..., ::-1], to_pixels(kernel_figure(kernels[4])))
+    name = 'backbone.stages.0.blocks.0.attn'
+    scalars = events.Scalars(f'slide_kernels/{name}')
+    assert [scalar.step for scalar in scalars] == [0, 2, 4]
+    assert [scalar.value for scalar in scalars] == pytest.approx([shift_distance(kernels[i][name]) for i in (0, 2, 4)])
 
 
 def test_kernels_of_a_wrapped_model_beside_an_average(train_slide, tmp_path):

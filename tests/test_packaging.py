@@ -34,6 +34,11 @@ config = get_config('mmslide::slide_pvt/{ZOO_CONFIG}')
 print(config.filename, type(get_model('mmslide::mini/{CONFIG}').backbone).__name__)
 """
 
+BASE = """
+from mmengine.hub import get_config
+print('epochs:', get_config('mmslide::_base_/schedules/pvt_1x.py').train_cfg.max_epochs)
+"""
+
 ONEDL_MIM = any(x.name == 'onedl-mim' for x in distributions())
 
 pytestmark = pytest.mark.slow
@@ -120,9 +125,10 @@ def test_wheel(checkout, python, data, tmp_path):
     zoo_config = installed / 'configs/slide_pvt' / ZOO_CONFIG
     assert 'multiply-adds' in run(*mim, 'run', 'mmslide', 'get_flops', zoo_config, '--shape', 64, 64, cwd=folder)
     assert 'Slide Attention on cpu' in run(*mim, 'run', 'mmslide', 'doctor', '--json', cwd=folder)
+    assert 'https://arxiv.org/abs/2304.04237' in run(*mim, 'list', cwd=folder)
     output = run(*mim, 'search', 'mmslide', '--model', 'Slide-PVT', cwd=folder)
     assert ZOO_CONFIG[:-3] in output
-    assert 'none yet; mim download delivers the config alone' in output
+    assert 'none: mim download fetches only the config' in output
     run(*mim, 'download', 'mmslide', '--config', ZOO_CONFIG[:-3], '--dest', 'downloaded', cwd=folder)
     (config,) = (folder / 'downloaded').iterdir()
     assert config.name == ZOO_CONFIG
@@ -148,7 +154,7 @@ def test_release(checkout, tmp_path):
 def test_the_citation_names_the_release():
     citation = yaml.safe_load((REPOSITORY / 'CITATION.cff').read_text())
     assert citation['version'] == __version__
-    assert f'## [{__version__}] - {citation["date-released"]}' in (REPOSITORY / 'CHANGELOG.md').read_text()
+    assert f'## {__version__} - {citation["date-released"]}' in (REPOSITORY / 'CHANGELOG.md').read_text()
 
 
 def test_install_without_a_compiler(checkout, python, tmp_path):
@@ -162,7 +168,9 @@ def test_editable_install(checkout, python, data, tmp_path):
     install(python, '-e', checkout, cwd=tmp_path)
     where = run(python, '-c', 'import mmslide; print(mmslide.__file__)', cwd=tmp_path)
     assert str(checkout / 'mmslide') in where
-    assert 'backend: native' in run(python, '-c', CHOICE, cwd=tmp_path)
+    output = run(python, '-c', CHOICE + BASE, cwd=tmp_path)
+    assert 'backend: native' in output
+    assert 'epochs: 12' in output
     # An edited config is the one that runs.
     config = checkout / 'configs/mini' / CONFIG
     config.write_text(config.read_text() + "\nexperiment_name = 'edited'\n")

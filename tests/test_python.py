@@ -107,8 +107,29 @@ def test_mmseg_inferencer(image, tmp_path):
     assert found.tolist() == wanted.tolist()
 
 
-def test_configs_by_their_bare_name_without_weights(image):
-    """Through find_config: mmdet and mmseg look for bare names among their own alone."""
-    for inferencer, name in ((DetInferencer, DETECTOR), (MMSegInferencer, SEGMENTOR)):
-        with pytest.warns(UserWarning, match='Checkpoint is not loaded'):
-            assert inferencer(str(find_config(name)), device='cpu')(image)['predictions'] is not None
+@pytest.mark.parametrize(('inferencer', 'name'), [(DetInferencer, DETECTOR), (MMSegInferencer, SEGMENTOR)])
+def test_inferencers_by_bare_config_name(inferencer, name, image):
+    with pytest.warns(UserWarning, match='Checkpoint is not loaded'):
+        found = inferencer(name.removesuffix('.py'), device='cpu')
+    assert found.cfg.filename == str(find_config(name))
+    assert found(image)['predictions'] is not None
+
+
+@pytest.mark.parametrize('name', ['nothing', SEGMENTOR.removesuffix('.py')])
+def test_a_bare_name_that_is_no_detector(name):
+    with pytest.raises(ValueError, match=f'Cannot find model: {name} in mmdet'):
+        DetInferencer(name, device='cpu')
+
+
+def test_mmdet_finds_its_own_models_first():
+    """Some have the name of one of ours, and weights."""
+    inferencer = DetInferencer.__new__(DetInferencer)
+    inferencer.scope = 'mmdet'
+    cfg, weights = inferencer._load_model_from_metafile('retinanet_pvt-t_fpn_1x_coco')
+    assert '/mmdet/' in cfg.filename
+    assert weights.startswith('https://')
+
+
+def test_init_detector_by_bare_config_name(image):
+    model = init_detector(find_config(DETECTOR), device='cpu')
+    assert inference_detector(model, image).pred_instances is not None

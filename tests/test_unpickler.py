@@ -33,19 +33,27 @@ def saved(content, folder):
     return path
 
 
-def crafted(opcodes, folder, **files):
-    """A torch file whose pickle is what the opcodes leave, with further files or other ones beside it."""
+def crafted(pickled, folder, **files):
+    """A torch file whose pickle is what these opcodes leave, with further files or other ones beside it."""
     path = folder / 'crafted.pth'
     with zipfile.ZipFile(saved(dict(x=torch.zeros(3)), folder)) as source, zipfile.ZipFile(path, 'w') as target:
         for name in source.namelist():
             folder_name, _, file = name.partition('/')
             content = source.read(name)
             if file == 'data.pkl':
-                content = b'\x80\x02' + opcodes + b'.'
+                content = b'\x80\x02' + pickled + b'.'
             target.writestr(name, files.pop(file, content))
         for file, content in files.items():
             target.writestr(f'{folder_name}/{file}', content)
     return path
+
+
+def opcodes(value):
+    return pickle.dumps(value, 2)[2:-1]
+
+
+def text(value):
+    return b'X' + len(value).to_bytes(4, 'little') + value.encode()
 
 
 @pytest.mark.parametrize('dtype', DTYPES, ids=str)
@@ -66,6 +74,16 @@ def test_views_share_their_storage(tmp_path):
     assert not transposed.t()[1:, ::2].any()
 
 
+def test_lazily_conjugated_and_negated_tensors(tmp_path):
+    x = torch.tensor([1 + 2j, 3 - 4j])
+    for value in (x.conj(), x.conj().imag, x.imag._neg_view(), x.conj()._neg_view(), x.conj().requires_grad_()):
+        found = read(saved(value, tmp_path))
+        assert torch.equal(found, value)
+        assert found.is_conj() == value.is_conj()
+        assert found.is_neg() == value.is_neg()
+        assert found.requires_grad == value.requires_grad
+
+
 def test_a_training_checkpoint(tmp_path):
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
     optimizer = torch.optim.AdamW(model.parameters())
@@ -75,9 +93,18 @@ def test_a_training_checkpoint(tmp_path):
         state_dict=model.state_dict(),
         parameter=nn.Parameter(torch.ones(2), requires_grad=False),
         optimizer=optimizer.state_dict(),
-        meta=dict(epoch=3, cfg='x = 1', seed=None, time=0.5, flags={1, 2}, raw=b'\x00\xff', size=torch.Size([1, 2])),
+        meta=dict(
+            epoch=3, cfg='x = 1', seed=None, time=0.5, flags={1, 2}, raw=b'\x00\xff', size=torch.Size([1, 2]), z=1 + 2j
+        ),
         message_hub=dict(loss=HistoryBuffer([1.0, 2.0, 6.0], [1, 1, 1])),
-        numpy=dict(array=np.arange(6.0).reshape(2, 3).T, scalar=np.float32(2.5), flag=np.bool_(True)),
+        numpy=dict(
+            array=np.arange(6.0).reshape(2, 3).T,
+            large=np.arange(1e3) * 1j,
+            empty=np.zeros((0, 3), np.float16),
+            single=np.array(3, np.int8),
+            scalar=np.float32(2.5),
+            flag=np.bool_(True),
+        ),
         args=argparse.Namespace(lr=0.1),
     )
     found = read(saved(content, tmp_path))
@@ -93,9 +120,10 @@ def test_a_training_checkpoint(tmp_path):
     buffer = found['message_hub']['loss']
     assert type(buffer) is HistoryBuffer
     assert buffer.mean() == 3.0
-    assert np.array_equal(found['numpy']['array'], content['numpy']['array'])
-    assert found['numpy']['scalar'] == 2.5
-    assert found['numpy']['flag']
+    for key, value in content['numpy'].items():
+        assert type(found['numpy'][key]) is type(value)
+        assert found['numpy'][key].dtype == value.dtype
+        assert np.array_equal(found['numpy'][key], value)
     assert found['args'] == content['args']
 
 
@@ -163,26 +191,107 @@ def test_tensors_end_with_their_data(view, refused, tmp_path):
 
 
 @pytest.mark.parametrize(
-    'opcodes',
+    'view',
+    [
+        b'K\x00' + opcodes((np.int8(17),)) + opcodes((np.int8(8),)),  # int8 would wrap
+        opcodes(np.int8(0)) + b'K\x03\x85K\x01\x85',
+        b'K\x00\x88\x85K\x01\x85',
+        b'K\x00]K\x03a]K\x01a',
+    ],
+)
+def test_sizes_are_tuples_of_int(view, tmp_path):
+    with pytest.raises(pickle.UnpicklingError, match='in place of'):
+        read(crafted(REBUILD + STORAGE + view + b'\x89NtR', tmp_path))
+
+
+ARRAY = opcodes(np.arange(4.0).reshape(2, 2))
+UNFILLED_ARRAY = b'cnumpy.core.multiarray\n_reconstruct\n)R'
+BUFFER = b'cmmengine.logging.history_buffer\nHistoryBuffer\n'
+NAMESPACE = b'cargparse\nNamespace\n)\x81'
+# HistoryBuffer.current, which gives a view of the last row
+CURRENT = b'cbuiltins\ngetattr\n' + BUFFER + text('current') + b'\x86R'
+F8 = np.dtype('f8')
+
+
+@pytest.mark.parametrize(
+    'state',
+    [
+        (1, (2**62, 4), F8, False, b''),
+        (1, (0, -1), F8, False, b''),
+        (1, (-1, -1), F8, False, bytes(8)),
+        (1, (3,), F8, False, bytes(16)),
+        (1, (1,), F8, False, bytes(16)),
+        (1, (1,), F8, False, '\0' * 8),
+        (1, (np.int8(1),), F8, False, bytes(8)),
+        (1, [1], F8, False, bytes(8)),
+        (1, (1,), 'f8', False, bytes(8)),
+        (1, (1,), 'O', False, [None]),
+    ],
+)
+def test_states_of_arrays_that_numpy_never_writes(state, tmp_path):
+    with pytest.raises(pickle.UnpicklingError, match=r'wrong state|in place of'):
+        read(crafted(UNFILLED_ARRAY + opcodes(state) + b'b', tmp_path))
+
+
+@pytest.mark.parametrize(
+    'pickled',
     [
         b'ctorch._utils\n_rebuild_tensor_v2\n}X\x01\x00\x00\x00aK\x01sb',  # attributes of a function of ours
         b'ccollections\nOrderedDict\n}X\x01\x00\x00\x00aK\x01sb',  # of a class
         b'ctorch\nfloat32\n}X\x01\x00\x00\x00aK\x01sb',
         b'}}X\x01\x00\x00\x00aK\x01sb',
         b'ctorch\nSize\n)\x81',  # __new__ of a class that is made by a call
-        b'ccollections\nOrderedDict\n)}\x92',
-        b'(icollections\nOrderedDict\n',
-        b'(ccollections\nOrderedDict\no',
-        b'\x82\x01',
+        BUFFER + b']]\x86R',  # a call of a class that is made by __new__
+        CURRENT + NAMESPACE + b'}' + text('_log_history') + ARRAY + b'sb\x85R',  # of what a call has given
+        CURRENT + b'}' + text('a') + b'K\x01sb',
+        ARRAY + opcodes(np.zeros((2, 2)).__reduce__()[2]) + b'b',  # frees the array's first content
+        ARRAY + b'K\x00K\x01s',  # writes into it
+        b'ccollections\nOrderedDict\n)RK\x01a',
+        NAMESPACE + b'(K\x01K\x01u',
+        ARRAY + b'(K\x01e',
+        b'c_codecs\nencode\n' + NAMESPACE + text('latin1') + b'\x86R',
+        b'cnumpy.core.multiarray\nscalar\n' + text('f8') + opcodes(bytes(8)) + b'\x86R',
+        b'cnumpy.core.multiarray\nscalar\n' + opcodes(F8) + ARRAY + b'\x86R',
+        b'ctorch._utils\n_rebuild_parameter\n' + NAMESPACE + b'\x88N\x87R',
+        REBUILD + STORAGE + b'K\x00K\x03\x85K\x01\x85\x89N}' + text('other') + b'\x88stR',
+        REBUILD + NAMESPACE + b'K\x00K\x03\x85K\x01\x85\x89NtR',
+        b'cnumpy\ndtype\n' + text('>f8') + b'\x85R',
+        b'cnumpy\ndtype\n' + text('f8,f8') + b'\x85R',
         b'X\x01\x00\x00\x00aQ',
         b'(X\x01\x00\x00\x00actorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x03tQ',
         b'ctorch\nSize\n(X\x01\x00\x00\x00atR',
     ],
 )
-def test_opcodes_that_torch_never_writes_change_nothing(opcodes, tmp_path):
-    with pytest.raises((pickle.UnpicklingError, TypeError, ValueError)):
-        read(crafted(opcodes, tmp_path))
+def test_what_torch_never_writes_is_refused(pickled, tmp_path):
+    with pytest.raises((pickle.UnpicklingError, TypeError)):
+        read(crafted(pickled, tmp_path))
     assert not hasattr(OrderedDict, 'a')
+    assert not hasattr(HistoryBuffer.current, 'a')
+
+
+@pytest.mark.parametrize(
+    'pickled',
+    [
+        ARRAY + b'\x98',  # READONLY_BUFFER
+        b'ccollections\nOrderedDict\n)}\x92',  # NEWOBJ_EX
+        b'(icollections\nOrderedDict\n',  # INST
+        b'(ccollections\nOrderedDict\no',  # OBJ
+        b'\x82\x01',  # EXT1
+        b'P0\n',  # PERSID
+        text('builtins') + text('set') + b'\x93',  # STACK_GLOBAL
+        b'\x8f(K\x01\x90',  # ADDITEMS
+        b'\x96' + bytes(8),  # BYTEARRAY8
+    ],
+)
+def test_opcodes_that_torch_never_writes_are_refused(pickled, tmp_path):
+    with pytest.raises(pickle.UnpicklingError, match='Unsupported operand'):
+        read(crafted(pickled, tmp_path))
+
+
+def test_methods_come_from_classes(tmp_path):
+    """Not from a file's attributes, which may bear any name."""
+    shadowed = NAMESPACE + b'}' + text('__setstate__') + CURRENT + b'sb}' + text('a') + b'K\x01sb'
+    assert read(crafted(shadowed, tmp_path)).a == 1
 
 
 def test_big_endian_files_are_refused(tmp_path):

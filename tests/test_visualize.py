@@ -488,6 +488,13 @@ def test_tool_on_a_detector(trained, draw, tmp_path):
     assert line == f'{image}: no class activation, since no detection has a score of 1.0 or more'
 
 
+def test_receptive_fields_name_the_host(trained):
+    config, checkpoint, image = trained(DETECTOR)
+    ((name, figure),) = figures.draw(config, checkpoint, [image], kinds=['erf'], stages=[0])
+    assert name == 'erf'
+    assert [ax.get_ylabel() for ax in figure.axes[:2]] == ['SlidePVT', 'PVT (host)\nattention untrained']
+
+
 def test_tool_on_several_images_and_points(trained, draw, tmp_path):
     config, checkpoint, image = trained(DETECTOR)
     options = ['--kinds', 'attention', '--points', '0.25,0.5', '0,1', '--stages', 0]
@@ -530,8 +537,10 @@ def test_tool_refuses(trained, tmp_path):
     config, checkpoint, image = trained(DETECTOR)
     host = trained(DETECTOR, slide_stages=())
 
+    out = tmp_path / 'drawn'
+
     def error(*arguments):
-        return tool_error('visualize', *arguments, '--out', tmp_path)
+        return tool_error('visualize', *arguments, '--out', out)
 
     for kind in ('attention', 'kernels'):
         message = f'cannot draw {kind}: the model has no Slide Attention in these stages'
@@ -543,18 +552,23 @@ def test_tool_refuses(trained, tmp_path):
     assert error(*host, '--history', host[1]) == 'cannot draw kernels: the model has no Slide Attention in these stages'
     assert error(config, checkpoint, '--kinds', 'cam') == 'cannot draw cam: no image is given'
     for arguments in (host, (config, checkpoint, image, '--kinds', 'cam')):
-        message = '--host-checkpoint needs the kind erf and a model with Slide Attention'
+        message = 'host_checkpoint needs the kind erf and a model with Slide Attention'
         assert error(*arguments, '--host-checkpoint', host[1]) == message
     assert error(config, checkpoint, '--stages', 4) == (
-        '--stages must be a list of different stages from 0 to 3, got --stages=[4]'
+        'stages must be a list of different stages from 0 to 3, got stages=[4]'
     )
-    for option in ('--channels', '--targets'):
-        assert error(config, checkpoint, option, 0) == f'{option} must be a positive integer, got {option}=0'
-    assert error(config, checkpoint, tmp_path / 'none.png') == f'there is no file {tmp_path}/none.png'
+    for option in ('channels', 'targets'):
+        message = f'{option} must be a positive integer, got {option}=0'
+        assert error(config, checkpoint, f'--{option}', 0) == message
+    assert error(config, checkpoint, tmp_path / 'none.png') == f'{tmp_path}/none.png does not exist'
     assert error(config, checkpoint, config) == f'{config} is not a readable image'
-    (tmp_path / 'kernels.png').write_bytes(image.read_bytes())
-    message = f'{tmp_path}/kernels.png would overwrite the input {tmp_path}/kernels.png: choose another name'
-    assert error(config, checkpoint, tmp_path / 'kernels.png') == message
+    assert not out.exists()
+    out.mkdir()
+    (out / 'kernels.png').write_bytes(image.read_bytes())
+    message = f'{out}/kernels.png would overwrite the input {out}/kernels.png: choose another name'
+    assert error(config, checkpoint, out / 'kernels.png') == message
+    with pytest.raises(ValueError, match=r"kinds must be some of \('features', .*\), got \['masks'\]"):
+        next(figures.draw(config, checkpoint, kinds=['masks']))
     for point in ('0.5,2', '0.5', 'a,b', 'nan,0'):
         with pytest.raises(argparse.ArgumentTypeError, match=f"from 0 to 1, got '{point}'"):
             tool.parse_point(point)

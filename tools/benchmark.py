@@ -104,7 +104,9 @@ def parse_args() -> argparse.Namespace:
 
     maps = sizes(MAPS, kernel_size=3)
     op = commands.add_parser('op', parents=[common, plot, maps], help='only Slide Attention')
-    op.add_argument('--baseline', default='two-path', help='two-path, im2col, flex or a backend; default: %(default)s')
+    op.add_argument(
+        '--baseline', default='two-path', help='two-path, im2col, flex, natten or a backend; default: %(default)s'
+    )
     commands.add_parser(
         'neighborhood',
         parents=[common, sizes(NEIGHBORHOOD_MAPS, kernel_size=7)],

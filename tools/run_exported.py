@@ -79,7 +79,7 @@ def main() -> None:
     args = parser.parse_args()
 
     if not Path(args.model).exists():
-        fail(f'there is no file {args.model}')
+        fail(f'{args.model} does not exist')
     for path in (args.model, args.image):
         if Path(args.out).exists() and Path(path).exists() and Path(args.out).samefile(path):
             fail(f'{args.out} is the input {path}, which would be overwritten: choose another OUT')

@@ -19,12 +19,14 @@ case $stack in
 esac
 "$python" -c "import sys; sys.exit(not (3, $oldest) <= sys.version_info[:2] <= (3, $newest))" ||
     fail "This stack needs Python 3.$oldest to 3.$newest, got $("$python" --version). Say PYTHON=python3.11 make ..."
-say "virtual environment $venv ($("$python" --version)); 10 to 20 minutes the first time, 2 to 4 with a cached mmcv"
+say "virtual environment $venv ($("$python" --version)); 8 to 20 minutes the first time, 1 to 3 with a cached mmcv"
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
 pip=("$venv/bin/python" -m pip --disable-pip-version-check --quiet)
+# Python compiles the modules that are imported; compiling all of torch takes as long as unpacking it.
+install=("${pip[@]}" install --no-compile)
 
 say "torch and the build tools"
-"${pip[@]}" install -c "$requirements" torch numpy setuptools wheel ninja
+"${install[@]}" -c "$requirements" torch numpy setuptools wheel ninja
 
 # OpenMMLab's index has wheels of mmcv for torch up to 2.1. For later ones it is compiled once a user, for each torch (with
 # its CUDA), Python and platform: pip's own cache does not look at torch, and a wheel for another torch does not load.
@@ -60,9 +62,12 @@ else
     if prebuilt "$build"; then
         say "$mmcv with its ops: OpenMMLab's wheel, kept in $wheels"
     else
+        [ -z "$nvcc_missing" ] || [ "$stack" != classic ] || fail "OpenMMLab's wheel of $mmcv could not be downloaded" \
+            "from $index, and without nvcc it cannot be compiled for the GPU. Either check the connection to" \
+            "download.openmmlab.com, or install the CUDA toolkit $nvcc_missing. Without the GPU: CUDA_VISIBLE_DEVICES= make ..."
         [ -z "$nvcc_missing" ] || fail "For the GPU $mmcv is compiled with nvcc, which is not there. Either install the" \
-            "CUDA toolkit $nvcc_missing, or take the stack that has ready-made wheels: make ... STACK=classic" \
-            "(from download.openmmlab.com). Without the GPU: CUDA_VISIBLE_DEVICES= make ..."
+            "CUDA toolkit $nvcc_missing, or take the stack with prebuilt wheels: make ... STACK=classic" \
+            "(torch 2.1.2+cu121, mmcv from download.openmmlab.com). Without the GPU: CUDA_VISIBLE_DEVICES= make ..."
         say "$mmcv with its ops: compiling (5-15 minutes on 2 cores), kept in $wheels"
         # -g0: without debug information the wheel is 2 MB instead of 32.
         CFLAGS=-g0 MMCV_WITH_OPS=1 MAX_JOBS=${MAX_JOBS:-$(nproc)} \
@@ -73,9 +78,11 @@ else
     keep "$build"
 fi
 
-say "the OpenMMLab packages"
-"${pip[@]}" install --no-build-isolation --find-links "$wheels" -r "$requirements"
-say "mmslide itself, editable"
-"${pip[@]}" install --no-build-isolation --no-deps --editable .
+# At the same time, since mmslide compiles its kernels on one core.
+say "mmslide itself, editable, and the OpenMMLab packages"
+"${install[@]}" --no-build-isolation --no-deps --editable . &
+mmslide=$!
+"${install[@]}" --no-build-isolation --find-links "$wheels" -r "$requirements"
+wait $mmslide
 "${pip[@]}" check
 say "ready"

@@ -1,7 +1,8 @@
 """MkDocs hook: README, CONTRIBUTING, CHANGELOG and the configs' pages are part of the site, and so is every file of the
 repository that a page links to. Links stay as they work in a checkout and on GitHub; here they are rewritten.
 
-In the site `docs/` is the root, and everything else keeps its path.
+In the site `docs/` is the root, and everything else keeps its path. An argument that the API page's docstrings do not
+document, or that does not exist, stops the build.
 """
 
 import posixpath
@@ -9,7 +10,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+import griffe
 from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
@@ -22,6 +25,44 @@ PAGES = [
 ]
 # The address of [text](address#anchor) and <img src="address">, unless it is a URL or an anchor alone.
 LINK = re.compile(r'(?<=\]\()(?!\w+:|#)[^)#\s]+|(?<=src=")(?!\w+:)[^"]+')
+API = ROOT / 'docs/api.md'
+
+
+def on_pre_build(config: MkDocsConfig) -> None:
+    if problems := docstring_problems():
+        raise PluginError('\n'.join(problems))
+
+
+def docstring_problems() -> list[str]:
+    """What is wrong with the docstrings of the API page: one line for each name."""
+    package = griffe.load('mmslide', search_paths=[ROOT], resolve_aliases=True)
+    problems = []
+    for name in re.findall(r'^::: (\S+)$', API.read_text(), re.M):
+        thing = package[name.removeprefix('mmslide.')]
+        if thing.is_module:  # of which a function has the name
+            thing = thing[thing.name]
+        parts = [thing, *thing.mro()] if thing.is_class else [thing]
+        arguments = {parameter.name.lstrip('*') for parameter in thing.parameters} - {'self'}
+        documented = {name for part in parts for name in documented_arguments(part)}
+        if not thing.docstring:
+            problems.append(f'{name}: no docstring')
+        if missing := arguments - documented:
+            problems.append(f'{name}: no words for {sorted(missing)}')
+        # Those of a class without an `__init__` in mmslide are of another package, which is not loaded.
+        if arguments and (unknown := documented - arguments):
+            problems.append(f'{name}: words for {sorted(unknown)}, which do not exist')
+    return problems
+
+
+def documented_arguments(thing: griffe.Object | griffe.Alias) -> set[str]:
+    sections = thing.docstring.parse('google', warnings=False) if thing.docstring else []
+    return {
+        name  # one line may document several, `q, k, v: ...`
+        for section in sections
+        if section.kind is griffe.DocstringSectionKind.parameters
+        for parameter in section.value
+        for name in parameter.name.split(', ')
+    }
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:

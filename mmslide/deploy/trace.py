@@ -29,9 +29,14 @@ symbolic_shapes_config: Any = torch.fx.experimental._config
 
 
 def trace(module: Exportable, shape: tuple[int, int], dynamic: bool = False) -> ExportedProgram:
-    """The graph of a fused module for images (1, 3, *shape), or for any size of at least 32 pixels per side.
+    """The graph of a fused module.
 
     In it, Slide Attention consists of plain operations, and everything that depends only on parameters is a constant.
+
+    Args:
+        module: the module to export, see `mmslide.deploy.graphs.part`.
+        shape: height and width of the images (1, 3, H, W).
+        dynamic: whether the graph accepts any size of at least 32 pixels per side instead.
     """
     for child in module.modules():
         if isinstance(child, SlideAttention):

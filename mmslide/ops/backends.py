@@ -5,7 +5,6 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from importlib.util import find_spec
 
 import torch
@@ -54,22 +53,30 @@ def _device_refusal(device: torch.device) -> str | None:
     interpreted = device.type == 'cpu' and os.environ.get('TRITON_INTERPRET') == '1'
     if device.type != 'cuda' and not interpreted:
         return f'needs CUDA tensors (or TRITON_INTERPRET=1 for slow tests on a CPU), got {device.type}'
-    if find_spec('triton') is None:
-        return 'needs the package triton, which is not installed'
-    if int(version('triton').split('.')[0]) < 3:
-        return f'needs Triton 3 or later, got {version("triton")}'
     if device.type == 'cuda':
         properties = torch.cuda.get_device_properties(device)
         if torch.version.hip or properties.major < 8:
             return f'needs an NVIDIA GPU of compute capability 8.0 or later, got {properties.name}'
+    if find_spec('triton') is None:
+        return 'needs the package triton, which is not installed'
+    import triton  # the module has the version under any distribution name, such as triton-windows
+
+    if int(triton.__version__.split('.')[0]) < 3:
+        return f'needs Triton 3 or later, got {triton.__version__}'
     return None
+
+
+def tapwise_refusal(q: Tensor, weight: Tensor) -> str | None:
+    """Why the backend 'tapwise' does not support these arguments, or None."""
+    # Its windows overlap in memory, which the kernels of other devices may read incorrectly.
+    return None if q.device.type in ('cpu', 'cuda', 'meta') else f'needs CPU or CUDA tensors, got {q.device.type}'
 
 
 BACKENDS = {
     'conv': Backend(conv),
     'reference': Backend(reference),
     'unrolled': Backend(unrolled),
-    'tapwise': Backend(partial(custom_op, backend='tapwise'), widens=True),
+    'tapwise': Backend(partial(custom_op, backend='tapwise'), tapwise_refusal, widens=True),
     'native': Backend(partial(custom_op, backend='native'), native.refusal, widens=True),
     'triton': Backend(partial(custom_op, backend='triton'), triton_refusal, widens=True),
     'gpu': Backend(partial(custom_op, backend='gpu'), triton_refusal, widens=True),
@@ -96,12 +103,14 @@ def choose_backend(q: Tensor, weight: Tensor) -> str:
     - on other devices, 'unrolled', which uses plain operations.
 
     Raises:
-        ValueError: MMSLIDE_BACKEND is not a backend.
+        ValueError: MMSLIDE_BACKEND is not a backend, or it does not support these arguments.
     """
     if q.is_meta or forward_ad._current_level >= 0:
         return 'conv'
     if WANTED:
         check_backend('MMSLIDE_BACKEND', WANTED)
+        if reason := BACKENDS[WANTED].refusal(q, weight):
+            raise ValueError(f"MMSLIDE_BACKEND: backend '{WANTED}' {reason}; unset it to use the best supported one")
         return WANTED
     if q.device.type not in ('cpu', 'cuda'):
         return 'unrolled'

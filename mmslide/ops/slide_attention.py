@@ -55,7 +55,7 @@ def slide_attention(
         backend = choose_backend(q, weight)
     chosen = BACKENDS[backend]
     if reason := chosen.refusal(q, weight):
-        raise ValueError(f"backend '{backend}' {reason}; use 'tapwise', or None for the best supported one")
+        raise ValueError(f"backend '{backend}' {reason}; use None for the best supported one")
     if chosen.widens and forward_ad._current_level >= 0:  # a custom operator would lose tangents silently
         raise ValueError(
             f"backend '{backend}' has no forward-mode derivatives; use 'conv', or None for the best one that has"

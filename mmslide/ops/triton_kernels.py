@@ -319,7 +319,7 @@ class _Launch:
         # Powers of two, and at least the minimum of `tl.dot`.
         channels, padded_slots = (max(16, triton.next_power_of_2(size)) for size in (head_dims, slots))
         # (k² + 1, channels, slots): a matrix of the learned part for each tap, and the bias.
-        learned = weight.flatten(2) - torch.eye(slots, device=weight.device)
+        learned = weight.flatten(2) - torch.eye(slots, dtype=weight.dtype, device=weight.device)
         self.kernels = q.new_zeros(slots + 1, channels, padded_slots)
         self.kernels[:slots, :head_dims, :slots] = learned.permute(2, 0, 1)
         self.kernels[slots, :head_dims, :slots] = bias

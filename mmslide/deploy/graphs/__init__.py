@@ -10,10 +10,12 @@ __all__ = ['EXACT', 'PARTS', 'Exportable', 'ExportableBackbone', 'ExportableFeat
 
 
 def part(model: Any, name: str, shape: tuple[int, int]) -> Exportable:
-    """The exportable part of a fused model, for images of `shape` (height, width).
+    """The exportable part of a fused model.
 
     Args:
+        model: a fused detector, segmentor or classifier, see `mmslide.deploy.fuse`.
         name: 'backbone', 'features' (the backbone and the neck) or 'model' (the whole model).
+        shape: height and width of the images.
 
     Raises:
         ValueError: the model has a part or a setting that cannot be exported.

@@ -51,7 +51,11 @@ class Exportable(nn.Module):
 
 
 class ExportableBackbone(Exportable):
-    """The image (1, 3, H, W) to one map (1, C, H', W') per stage."""
+    """The image (1, 3, H, W) to one map (1, C, H', W') per stage.
+
+    Args:
+        backbone: a fused backbone of mmslide, see `mmslide.deploy.fuse`.
+    """
 
     def __init__(self, backbone: Any) -> None:
         super().__init__()

@@ -18,7 +18,7 @@ def read_image(file: str | Path) -> np.ndarray:
         ValueError: it is not an image.
     """
     if not Path(file).is_file():
-        raise FileNotFoundError(f'there is no file {file}')
+        raise FileNotFoundError(f'{file} {"is a folder" if Path(file).is_dir() else "does not exist"}')
     content = np.fromfile(file, np.uint8)  # cv2.imread does not support names outside the code page of Windows
     image = cv2.imdecode(content, cv2.IMREAD_COLOR) if len(content) else None
     if image is None:
