@@ -105,6 +105,7 @@ def run_config(run: Run, mini: str | Path, bccd: str | Path | None) -> Config:
         init_cfg=cfg.model.backbone.init_cfg,
     )
     cfg.model.backbone = backbone
+    cfg.model.test_cfg.rcnn.score_thr = 0.001  # AP counts every detection
     epochs = EPOCHS if run.data == 'generated' else BCCD_EPOCHS
     cfg.train_cfg.update(max_epochs=epochs, val_interval=1 if run.data == 'generated' else 4)
     cfg.param_scheduler[1].end = epochs
