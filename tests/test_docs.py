@@ -302,11 +302,11 @@ def test_a_dead_link_stops_the_site(link, message, mkdocs, site_copy):
 @pytest.mark.parametrize(
     ('old', 'new', 'message'),
     [
-        ('        patience: number', '        number', "CheckNonFiniteHook: no words for ['patience']"),
+        ('        patience: number', '        number', "CheckNonFiniteHook: undocumented arguments ['patience']"),
         (
             '        patience: number',
             '        size: none.\n        patience: number',
-            "words for ['size'], which do not",
+            "documented arguments ['size'] do not exist",
         ),
     ],
 )

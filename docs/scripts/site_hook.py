@@ -1,8 +1,8 @@
 """MkDocs hook: README, CONTRIBUTING, CHANGELOG and the configs' pages are part of the site, and so is every file of the
 repository that a page links to. Links stay as they work in a checkout and on GitHub; here they are rewritten.
 
-In the site `docs/` is the root, and everything else keeps its path. An argument that the API page's docstrings do not
-document, or that does not exist, stops the build.
+In the site `docs/` is the root, and everything else keeps its path. Undocumented arguments of the names on the API page, and
+documented ones that do not exist, stop the build.
 """
 
 import posixpath
@@ -34,12 +34,12 @@ def on_pre_build(config: MkDocsConfig) -> None:
 
 
 def docstring_problems() -> list[str]:
-    """What is wrong with the docstrings of the API page: one line for each name."""
+    """The problems in the docstrings of the API page, one line each."""
     package = griffe.load('mmslide', search_paths=[ROOT], resolve_aliases=True)
     problems = []
     for name in re.findall(r'^::: (\S+)$', API.read_text(), re.M):
         thing = package[name.removeprefix('mmslide.')]
-        if thing.is_module:  # of which a function has the name
+        if thing.is_module:  # with a function of the same name
             thing = thing[thing.name]
         parts = [thing, *thing.mro()] if thing.is_class else [thing]
         arguments = {parameter.name.lstrip('*') for parameter in thing.parameters} - {'self'}
@@ -47,10 +47,10 @@ def docstring_problems() -> list[str]:
         if not thing.docstring:
             problems.append(f'{name}: no docstring')
         if missing := arguments - documented:
-            problems.append(f'{name}: no words for {sorted(missing)}')
-        # Those of a class without an `__init__` in mmslide are of another package, which is not loaded.
+            problems.append(f'{name}: undocumented arguments {sorted(missing)}')
+        # The arguments of a class without an `__init__` in mmslide are from another package, which is not loaded.
         if arguments and (unknown := documented - arguments):
-            problems.append(f'{name}: words for {sorted(unknown)}, which do not exist')
+            problems.append(f'{name}: documented arguments {sorted(unknown)} do not exist')
     return problems
 
 
