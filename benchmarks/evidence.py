@@ -215,14 +215,14 @@ def _mean(values: Sequence[float]) -> str:
     return f'{statistics.mean(values):.3f}{spread}'
 
 
-def plot(results: dict[Run, Result], file: Path) -> None:
+def plot(results: dict[Run, Result]) -> Figure:
     """Box AP against epochs, a panel for each host and data set, each seed a line."""
     panels = list(dict.fromkeys((run.data, run.host) for run in results))
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(3 * columns, 3 * rows), layout='constrained')
-    axes = figure.subplots(rows, columns, squeeze=False).flat
-    for ax in list(axes)[len(panels) :]:
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for ax in axes[len(panels) :]:
         ax.set_axis_off()
     for ax, (data, host) in zip(axes, panels, strict=False):
         for slide, color in ((True, 'tab:orange'), (False, 'tab:blue')):
@@ -232,7 +232,7 @@ def plot(results: dict[Run, Result], file: Path) -> None:
                 ax.plot(*zip(*result.curve, strict=True), color=color, label=label, marker='.', alpha=0.8)
         ax.set(title=f'{host}, {data}', xlabel='epoch', ylabel='box AP', ylim=(0, None))
         ax.legend()
-    figure.savefig(file, dpi=100)
+    return figure
 
 
 def page(results: dict[Run, Result], costs: dict[str, dict[str, Measurement]]) -> str:
@@ -314,7 +314,7 @@ def main(arguments: Iterable[str] | None = None) -> None:
         image.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(args.page, image) as (text, drawing):
             text.write_text(page(results, costs))
-            plot(results, drawing)
+            plot(results).savefig(drawing, format='png', dpi=100)
     print(f'{args.page} is written')
 
 
