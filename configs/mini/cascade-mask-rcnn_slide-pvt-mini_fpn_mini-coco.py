@@ -35,7 +35,7 @@ model = dict(
         anchor_generator=dict(scales=[6], strides=[4, 8, 16, 32]),
     ),
     # Light heads for few, small objects, whose masks do not depend on their class; they look at the finest map alone.
-    # mmcv's RoIAlign would be a third of a training step on a CPU. SimpleRoIAlign is the same with one sample a bin,
+    # mmcv's RoIAlign takes five times as long on a CPU. SimpleRoIAlign is the same with one sample a bin,
     # but for samples at the border, which it mixes with zeros.
     roi_head=dict(
         num_stages=2,

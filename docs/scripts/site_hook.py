@@ -1,8 +1,8 @@
 """MkDocs hook: README, CONTRIBUTING, CHANGELOG and the configs' pages are part of the site, and so is every file of the
 repository that a page links to. Links stay as they work in a checkout and on GitHub; here they are rewritten.
 
-In the site `docs/` is the root, and everything else keeps its path. Arguments on the API page that are undocumented, or
-documented but do not exist, stop the build.
+In the site `docs/` is the root, and everything else keeps its path. Undocumented arguments of the names on the API
+page, and documented ones that do not exist, stop the build.
 """
 
 import posixpath
