@@ -55,7 +55,7 @@ demo: data/mini
 	$(BIN)/mim test mmslide $(DEMO) --checkpoint "$$(cat work_dirs/demo/last_checkpoint)" \
 	    --work-dir work_dirs/demo/test --show-dir work_dirs/demo/pictures
 ifeq ($(STACK),classic)
-	@echo 'Ground truth and predictions side by side: work_dirs/demo/pictures. Export needs PyTorch 2.6: left out.'
+	@echo 'Ground truth and predictions side by side: work_dirs/demo/pictures. Export needs PyTorch 2.9: left out.'
 else
 	$(BIN)/python tools/export.py configs/mini/$(DEMO) "$$(cat work_dirs/demo/last_checkpoint)" work_dirs/demo/model.onnx \
 	    --shape 128 128 --images data/mini/coco/val2017/00000000000[1-8].jpg

@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from helpers import NEEDS_MODERN, TOOLS
+from helpers import NEEDS_EXPORT, TOOLS
 from mmengine.config import Config
 
 from mmslide.build import build_model
@@ -168,7 +168,7 @@ def test_blocks(page, checkout):
                 assert [check.problems for check in checks] == [[], []]
 
 
-@NEEDS_MODERN
+@NEEDS_EXPORT
 @pytest.mark.exhaustive
 @pytest.mark.parametrize('page', with_blocks(slow=True), ids=lambda page: page.name)
 def test_slow_blocks(page, checkout):
@@ -285,7 +285,7 @@ def test_the_notebook_is_committed_without_outputs(notebook):
             assert (ROOT / 'docs' / link).is_file(), link
 
 
-@NEEDS_MODERN
+@NEEDS_EXPORT
 @pytest.mark.exhaustive
 def test_the_notebook_runs(notebook, checkout):
     """As it is committed, but with fewer images."""
