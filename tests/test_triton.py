@@ -250,7 +250,7 @@ def test_refusals_on_a_gpu(shape, major, installed, refusal):
     with (
         FakeTensorMode(),
         mock.patch('torch.cuda.get_device_properties', return_value=SimpleNamespace(major=major, name='some GPU')),
-        mock.patch('mmslide.ops.backends.find_spec', return_value=object() if installed else None),
+        mock.patch('mmslide.ops.backends.TRITON', '3.0.0' if installed else None),
     ):
         q = torch.empty(1, 4, 4, 2, head_dims, device='cuda')
         weight = torch.empty(head_dims, kernel_size**2, kernel_size, kernel_size, device='cuda')

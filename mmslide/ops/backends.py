@@ -5,8 +5,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 from torch import Tensor
@@ -19,6 +18,18 @@ from .conv import conv
 from .custom_op import custom_op
 from .reference import reference
 from .unrolled import unrolled
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+# Read once, since torch.compile follows neither the environment nor a search for packages.
+WANTED = os.environ.get('MMSLIDE_BACKEND')
+TRITON = _version('triton')
 
 
 @dataclass(frozen=True)
@@ -54,10 +65,10 @@ def _device_refusal(device: torch.device) -> str | None:
     interpreted = device.type == 'cpu' and os.environ.get('TRITON_INTERPRET') == '1'
     if device.type != 'cuda' and not interpreted:
         return f'needs CUDA tensors (or TRITON_INTERPRET=1 for slow trials on a CPU), got {device.type}'
-    if find_spec('triton') is None:
+    if TRITON is None:
         return 'needs the package triton, which is not installed'
-    if int(version('triton').split('.')[0]) < 3:
-        return f'needs Triton 3 or later, got {version("triton")}'
+    if int(TRITON.split('.')[0]) < 3:
+        return f'needs Triton 3 or later, got {TRITON}'
     if device.type == 'cuda':
         properties = torch.cuda.get_device_properties(device)
         if torch.version.hip or properties.major < 8:
@@ -74,10 +85,6 @@ BACKENDS = {
     'triton': Backend(partial(custom_op, backend='triton'), triton_refusal, widens=True),
     'gpu': Backend(partial(custom_op, backend='gpu'), triton_refusal, widens=True),
 }
-
-
-# Read once, since torch.compile does not follow the environment.
-WANTED = os.environ.get('MMSLIDE_BACKEND')
 
 
 def check_backend(name: str, value: str | None) -> None:
