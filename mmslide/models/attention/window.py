@@ -120,10 +120,11 @@ class WindowAttention(WindowAttentionBase):
     def _bias(self, height: int, width: int) -> Tensor:
         """The relative position bias among the pixels of an h×w map inside one window: (1, heads, h·w, h·w).
 
-        Four axes, since scaled_dot_product_attention has no fused kernel for a mask of three.
+        Four axes and contiguous: scaled_dot_product_attention has no fused kernel for a mask of three axes, and before
+        PyTorch 2.8 none for one with other strides.
         """
         index = self.relative_position_index[:height, :width, :height, :width].flatten(2).flatten(0, 1)
-        return self.relative_position_bias_table[index].permute(2, 0, 1).unsqueeze(0)
+        return self.relative_position_bias_table.t()[:, index].unsqueeze(0)
 
     def _bias_alone(self, bias: Tensor, height: int, width: int) -> Tensor:
         """What lets a padded and rolled window give the result of one that covers the map: (1, heads, pixels, pixels).
