@@ -61,7 +61,7 @@ demo: data/mini
 	$(BIN)/mim test mmslide $(DEMO) --checkpoint "$$(cat $(DEMO_DIR)/last_checkpoint)" \
 	    --work-dir $(DEMO_DIR)/test --show-dir $(DEMO_DIR)/pictures
 ifeq ($(STACK),classic)
-	@echo 'Ground truth and predictions side by side: $(DEMO_DIR)/pictures. Export needs PyTorch 2.6: skipped.'
+	@echo 'Ground truth and predictions side by side: $(DEMO_DIR)/pictures. Export needs PyTorch 2.9: skipped.'
 else
 	$(BIN)/python tools/export.py configs/mini/$(DEMO) "$$(cat $(DEMO_DIR)/last_checkpoint)" $(DEMO_DIR)/model.onnx \
 	    --shape 128 128 --images data/mini/coco/val2017/00000000000[1-8].jpg

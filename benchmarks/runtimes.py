@@ -93,7 +93,7 @@ def measure_exported(
     Raises:
         RuntimeError: a file's results differ from PyTorch's.
     """
-    from mmslide.deploy.trace import trace  # needs PyTorch 2.6
+    from mmslide.deploy.trace import trace  # needs PyTorch 2.9
 
     models: list[Any] = [build_model(config).eval() for config in configs]
     # A baseline may be from another package.

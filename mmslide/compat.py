@@ -1,4 +1,4 @@
-"""What mmslide needs and PyTorch before 2.6 lacks: the only place that depends on PyTorch's version."""
+"""What mmslide needs and older versions of PyTorch lack: the only place that depends on PyTorch's version."""
 
 from pathlib import Path
 from typing import Any
@@ -6,13 +6,24 @@ from typing import Any
 import torch
 from mmengine.utils import digit_version
 from torch import Tensor
+from torch.nn.modules import module
 
-# Since this version, torch.load(weights_only=True) is safe (CVE-2025-32434), and torch has everything below.
-MODERN = digit_version(torch.__version__) >= digit_version('2.6')
+torch_version = digit_version(torch.__version__)
+# From here on torch.load(weights_only=True) is safe (CVE-2025-32434), and custom operators can be compiled.
+MODERN = torch_version >= digit_version('2.6')
+# From here on torch.export has what mmslide.deploy asks for.
+CAN_EXPORT = torch_version >= digit_version('2.9')
+
+if CAN_EXPORT:
+    from torch.compiler import is_exporting
+else:
+
+    def is_exporting() -> bool:
+        return False
+
 
 if MODERN:
-    from torch.compiler import is_compiling, is_exporting
-    from torch.nn.modules.module import _has_any_global_hook as has_any_global_hook
+    from torch.compiler import is_compiling
     from torch.utils.flop_counter import register_flop_formula
 
     add_safe_globals = torch.serialization.add_safe_globals
@@ -37,18 +48,27 @@ else:
     from .substitutes import (  # type: ignore[assignment]
         add_safe_globals,
         get_autocast_dtype,
-        has_any_global_hook,
         is_autocast_enabled,
         is_batched,
         is_compiling,
-        is_exporting,
         register_custom_op,
         register_flop_formula,
         safe_load,
         statically_known_true,
     )
 
+
+def has_any_global_hook() -> bool:
+    return bool(
+        module._global_forward_pre_hooks
+        or module._global_forward_hooks
+        or module._global_backward_pre_hooks
+        or module._global_backward_hooks
+    )
+
+
 __all__ = [
+    'CAN_EXPORT',
     'MODERN',
     'add_safe_globals',
     'get_autocast_dtype',
@@ -61,4 +81,5 @@ __all__ = [
     'register_flop_formula',
     'safe_load',
     'statically_known_true',
+    'torch_version',
 ]

@@ -8,9 +8,8 @@ from typing import Any, ClassVar
 
 import torch
 import torch._dynamo
-import torch.utils.flop_counter
 from torch import Tensor
-from torch.nn.modules import module
+from torch.utils import flop_counter
 
 from .unpickler import load
 
@@ -64,8 +63,13 @@ def register_custom_op(name: str, *, mutates_args: tuple) -> Callable[[Callable]
 
 
 def register_flop_formula(operator: Any) -> Callable[[Callable], Callable]:
+    """2.1 has another registry, and 2.2's own function of this name registers where the counter does not look."""
+
     def register(formula: Callable) -> Callable:
-        torch.utils.flop_counter.flop_mapping[operator] = formula  # type: ignore[attr-defined]
+        if hasattr(flop_counter, 'flop_mapping'):
+            flop_counter.flop_mapping[operator] = formula
+        else:
+            flop_counter.flop_registry[operator] = flop_counter.shape_wrapper(formula)
         return formula
 
     return register
@@ -82,15 +86,6 @@ def get_autocast_dtype(device_type: str) -> torch.dtype:
 def is_batched(x: Tensor) -> bool:
     """Tensors made by `torch.autograd.grad(..., is_grads_batched=True)` cannot be detected there."""
     return torch._C._functorch.is_batchedtensor(x)
-
-
-def has_any_global_hook() -> bool:
-    hooks = ('forward', 'forward_pre', 'backward', 'backward_pre')
-    return any(getattr(module, f'_global_{name}_hooks') for name in hooks)
-
-
-def is_exporting() -> bool:
-    return False
 
 
 def statically_known_true(condition: Any) -> bool:

@@ -17,11 +17,12 @@ from mmengine.config import Config
 from torch import Tensor, nn
 
 from mmslide.build import build_model
-from mmslide.compat import MODERN
+from mmslide.compat import CAN_EXPORT, MODERN
 from mmslide.files import find_config
 from mmslide.weights import load_pretrained
 
 NEEDS_MODERN = pytest.mark.skipif(not MODERN, reason='needs PyTorch 2.6')
+NEEDS_EXPORT = pytest.mark.skipif(not CAN_EXPORT, reason='needs PyTorch 2.9')
 GOLDEN = Path(__file__).parent / 'golden'
 TOOLS = Path(__file__).parents[1] / 'tools'
 

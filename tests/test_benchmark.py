@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import relative_error, tool_error
+from helpers import NEEDS_EXPORT, relative_error, tool_error
 from mmengine.logging import MMLogger
 
 from benchmarks import (
@@ -229,6 +229,7 @@ def test_natten_is_the_op_with_nothing_learned_inside_the_map(training, monkeypa
     compare(pair.ours, pair.baseline, training, pair.tolerance, seconds=0.0)
 
 
+@NEEDS_EXPORT
 @pytest.mark.slow
 @pytest.mark.parametrize('mlp_ratio', [0, pytest.param(2, marks=pytest.mark.exhaustive)])
 def test_exported_layers_agree_and_are_measured(mlp_ratio, monkeypatch):
@@ -240,6 +241,7 @@ def test_exported_layers_agree_and_are_measured(mlp_ratio, monkeypatch):
         compare_exported(9, 13, 16, 2, 3, mlp_ratio, seconds=0.0)
 
 
+@NEEDS_EXPORT
 @pytest.mark.exhaustive
 def test_exported_layers_through_the_tool(tmp_path, monkeypatch, capsys):
     tool(monkeypatch, 'onnx', '--maps', '8x8x16x2', '--seconds', 0, '--json', tmp_path / 'figures.json')
@@ -249,6 +251,7 @@ def test_exported_layers_through_the_tool(tmp_path, monkeypatch, capsys):
     assert record['fused_ms'] > 0
 
 
+@NEEDS_EXPORT
 @pytest.mark.exhaustive
 def test_exported_models_through_the_tool(tmp_path, monkeypatch, capsys):
     config = 'slide-swin-mini_upernet_mini-ade20k-64x64.py'

@@ -21,13 +21,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import NEEDS_MODERN, tool, tool_error
+from helpers import NEEDS_EXPORT, NEEDS_MODERN, tool, tool_error
 from mmengine.logging import HistoryBuffer
 from mmengine.runner.checkpoint import CheckpointLoader
 
 import mmslide
 from mmslide.checkpoints import check_finite, read_checkpoint, read_state_dict
-from mmslide.compat import MODERN, safe_load
+from mmslide.compat import CAN_EXPORT, MODERN, safe_load
 from mmslide.deploy import fuse_checkpoint
 from mmslide.deploy.export import export
 from mmslide.models import SlidePVT
@@ -89,7 +89,7 @@ WAYS_IN = {
     'init_cfg': lambda path, out: backbone(init_cfg=dict(type='Pretrained', checkpoint=path)).init_weights(),
     'convert': lambda path, out: convert_checkpoint(path, out, 'mmslide'),
     'fuse': lambda path, out: fuse_checkpoint(CONFIG, path, out),
-    **({'export': lambda path, out: export(CONFIG, path, f'{out}.onnx', 'backbone', (64, 64))} if MODERN else {}),
+    **({'export': lambda path, out: export(CONFIG, path, f'{out}.onnx', 'backbone', (64, 64))} if CAN_EXPORT else {}),
     'mmengine': lambda path, out: CheckpointLoader.load_checkpoint(path),
 }
 
@@ -112,7 +112,7 @@ def test_a_crafted_checkpoint_runs_nothing(way, source, evil, server, tmp_path, 
 @pytest.mark.slow
 @pytest.mark.parametrize('source', ['file', pytest.param('url', marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize(
-    'command', ['test', 'resume', 'load_from', 'convert', 'fuse', pytest.param('export', marks=NEEDS_MODERN)]
+    'command', ['test', 'resume', 'load_from', 'convert', 'fuse', pytest.param('export', marks=NEEDS_EXPORT)]
 )
 def test_no_tool_runs_a_crafted_checkpoint(command, source, evil, server, mini_data, tmp_path, monkeypatch):
     """Not even where mmengine's loader was replaced by one that falls back, by an import of the config."""

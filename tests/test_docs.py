@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from helpers import NEEDS_MODERN, TOOLS
+from helpers import NEEDS_EXPORT, TOOLS
 from mmengine.config import Config
 from mmengine.registry import DATASETS, DefaultScope
 
@@ -196,7 +196,7 @@ def test_boxes_without_masks(checkout):
     assert len(dataset[0]['data_samples'].gt_instances.bboxes)
 
 
-@NEEDS_MODERN
+@NEEDS_EXPORT
 @pytest.mark.exhaustive
 @pytest.mark.parametrize('page', with_blocks(slow=True), ids=page_id)
 def test_slow_blocks(page, checkout):
@@ -335,7 +335,7 @@ def test_the_notebook_is_committed_without_outputs(notebook):
             assert (ROOT / 'docs' / link).is_file(), link
 
 
-@NEEDS_MODERN
+@NEEDS_EXPORT
 @pytest.mark.exhaustive
 def test_the_notebook_runs(notebook, checkout):
     """As it is committed, but with fewer images."""

@@ -4,7 +4,7 @@ from unittest import mock
 
 import pytest
 import torch
-from helpers import NEEDS_MODERN, relative_error
+from helpers import NEEDS_EXPORT, NEEDS_MODERN, relative_error
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -298,7 +298,7 @@ class Attention(torch.nn.Module):
         return neighborhood_attention(*qkv.unbind(3), self.rpb)
 
 
-@NEEDS_MODERN
+@NEEDS_EXPORT
 @pytest.mark.parametrize('dynamic', [False, True])
 def test_exported(dynamic):
     """In operations of PyTorch's alone."""

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import (
-    NEEDS_MODERN,
+    NEEDS_EXPORT,
     assert_golden,
     golden_image,
     golden_logits,
@@ -168,7 +168,7 @@ def test_mlp(relu, size):
     compare_with_arithmetic(module, plain, torch.randn(2, *size, 12, dtype=torch.float64), norm)
 
 
-@NEEDS_MODERN
+@NEEDS_EXPORT
 @pytest.mark.filterwarnings('ignore::FutureWarning')
 def test_pooling_is_exported_for_any_size():
     module, sides = randomize(PooledAttention(16, 2)), {1: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC}

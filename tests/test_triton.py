@@ -5,7 +5,7 @@ import sys
 import tempfile
 import warnings
 from functools import partial
-from importlib.metadata import Distribution, PackageNotFoundError
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -17,7 +17,7 @@ from helpers import relative_error
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mmslide.ops import check, slide_attention
-from mmslide.ops.backends import choose_backend, triton_refusal
+from mmslide.ops.backends import choose_backend, triton_refusal, triton_version
 from mmslide.ops.custom_op import custom_op
 from mmslide.ops.reference import reference
 
@@ -300,36 +300,39 @@ def test_tensors_off_the_gpu_are_refused(monkeypatch):
 @pytest.mark.parametrize(
     ('shape', 'major', 'hip', 'installed', 'refusal'),
     [
-        ((32, 3), 8, None, triton, None),
-        ((32, 3), 7, None, triton, 'compute capability 8.0 or later, got some GPU'),
+        ((32, 3), 8, None, '3.0.0', None),
+        ((32, 3), 7, None, '3.0.0', 'compute capability 8.0 or later, got some GPU'),
         ((32, 3), 9, '6.0', None, 'needs an NVIDIA GPU'),
         ((32, 3), 8, None, None, 'needs the package triton'),
-        (
-            (32, 3),
-            8,
-            None,
-            SimpleNamespace(__version__='2.1.0', __spec__=object()),
-            'needs Triton 3 or later, got 2.1.0',
-        ),
-        ((160, 3), 8, None, triton, 'head sizes up to 128, got 160'),
-        ((32, 9), 8, None, triton, 'kernels up to 7×7, got 9×9'),
+        ((32, 3), 8, None, '2.1.0', 'needs Triton 3 or later, got 2.1.0'),
+        ((160, 3), 8, None, '3.0.0', 'head sizes up to 128, got 160'),
+        ((32, 9), 8, None, '3.0.0', 'kernels up to 7×7, got 9×9'),
     ],
 )
 def test_refusals_on_a_gpu(shape, major, hip, installed, refusal, monkeypatch):
-    """Also where the distribution is not called triton, as on Windows."""
     head_dims, kernel_size = shape
-    monkeypatch.setitem(sys.modules, 'triton', installed)
     monkeypatch.setattr('torch.version.hip', hip)
     with (
         FakeTensorMode(),
         mock.patch('torch.cuda.get_device_properties', return_value=SimpleNamespace(major=major, name='some GPU')),
-        mock.patch.object(Distribution, 'from_name', side_effect=PackageNotFoundError),
+        mock.patch('mmslide.ops.backends.TRITON', installed),
     ):
         q = torch.empty(1, 4, 4, 2, head_dims, device='cuda')
         weight = torch.empty(head_dims, kernel_size**2, kernel_size, kernel_size, device='cuda')
         found = triton_refusal(q, weight)
         assert (found is None) if refusal is None else re.search(refusal, found)
         assert choose_backend(q, weight) == ('gpu' if refusal is None else 'tapwise')
+
+
+@pytest.mark.parametrize('distribution', ['triton', 'triton-windows', 'pytorch-triton-rocm', None])
+def test_triton_under_every_name(distribution, monkeypatch):
+    def version(name):
+        if name == distribution:
+            return '3.1.0'
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr('mmslide.ops.backends.version', version)
+    assert triton_version() == (distribution and '3.1.0')
 
 
 @SLOW

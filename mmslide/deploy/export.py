@@ -61,11 +61,11 @@ def export(
     Raises:
         ValueError: an argument is invalid, or see `load_model`.
         FileNotFoundError: one of the files does not exist.
-        ImportError: PyTorch is older than 2.6, or the target's packages are not installed.
+        ImportError: PyTorch is older than 2.9, or the target's packages are not installed.
         RuntimeError: the results differ, or the graph does not run.
         OSError: out cannot be written.
     """
-    from .trace import trace  # needs PyTorch 2.6
+    from .trace import trace  # needs PyTorch 2.9
 
     target = find_target(out)
     precision = precision or next(iter(target.precisions))

@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 
-from mmslide.compat import MODERN
+from mmslide.compat import CAN_EXPORT
 
-if not MODERN:
-    raise ImportError(f'export needs PyTorch 2.6 or later, got {torch.__version__}')
+if not CAN_EXPORT:
+    raise ImportError(f'export needs PyTorch 2.9 or later, got {torch.__version__}')
 
 import torch.fx.experimental._config
 from torch import Tensor

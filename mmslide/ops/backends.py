@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 from torch import Tensor
@@ -18,6 +18,21 @@ from .conv import conv
 from .custom_op import custom_op
 from .reference import reference
 from .unrolled import unrolled
+
+
+def triton_version() -> str | None:
+    """Of Triton under any of its distribution names, or None if it is not installed."""
+    for name in ('triton', 'triton-windows', 'pytorch-triton', 'pytorch-triton-rocm'):
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    return None
+
+
+# Read once, since torch.compile tracks neither environment variables nor installed packages.
+WANTED = os.environ.get('MMSLIDE_BACKEND')
+TRITON = triton_version()
 
 
 @dataclass(frozen=True)
@@ -57,12 +72,10 @@ def _device_refusal(device: torch.device) -> str | None:
         properties = torch.cuda.get_device_properties(device)
         if torch.version.hip or properties.major < 8:
             return f'needs an NVIDIA GPU of compute capability 8.0 or later, got {properties.name}'
-    if find_spec('triton') is None:
+    if TRITON is None:
         return 'needs the package triton, which is not installed'
-    import triton  # the module has the version under any distribution name, such as triton-windows
-
-    if int(triton.__version__.split('.')[0]) < 3:
-        return f'needs Triton 3 or later, got {triton.__version__}'
+    if int(TRITON.split('.')[0]) < 3:
+        return f'needs Triton 3 or later, got {TRITON}'
     return None
 
 
@@ -81,10 +94,6 @@ BACKENDS = {
     'triton': Backend(partial(custom_op, backend='triton'), triton_refusal, widens=True),
     'gpu': Backend(partial(custom_op, backend='gpu'), triton_refusal, widens=True),
 }
-
-
-# Read once, since torch.compile does not track environment variables.
-WANTED = os.environ.get('MMSLIDE_BACKEND')
 
 
 def check_backend(name: str, value: str | None) -> None:

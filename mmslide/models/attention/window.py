@@ -120,10 +120,11 @@ class WindowAttention(WindowAttentionBase):
     def _bias(self, height: int, width: int) -> Tensor:
         """The relative position bias among the pixels of an h×w map inside one window: (1, heads, h·w, h·w).
 
-        Four dimensions, since scaled_dot_product_attention has no fused kernel for a mask with three.
+        Four dimensions and contiguous: scaled_dot_product_attention has no fused kernel for a mask with three, and before
+        PyTorch 2.8 none for other strides.
         """
         index = self.relative_position_index[:height, :width, :height, :width].flatten(2).flatten(0, 1)
-        return self.relative_position_bias_table[index].permute(2, 0, 1).unsqueeze(0)
+        return self.relative_position_bias_table.t()[:, index].unsqueeze(0)
 
     def _bias_alone(self, bias: Tensor, height: int, width: int) -> Tensor:
         """The mask that makes a padded and rolled window equal to one that covers the map: (1, heads, pixels, pixels).
