@@ -120,8 +120,8 @@ class WindowAttention(WindowAttentionBase):
     def _bias(self, height: int, width: int) -> Tensor:
         """The relative position bias among the pixels of an h×w map inside one window: (1, heads, h·w, h·w).
 
-        Four dimensions and contiguous: scaled_dot_product_attention has no fused kernel for a mask with three, and before
-        PyTorch 2.8 none for other strides.
+        Four dimensions and contiguous: scaled_dot_product_attention has no fused kernel for a mask with three, and
+        before PyTorch 2.8 none for other strides.
         """
         index = self.relative_position_index[:height, :width, :height, :width].flatten(2).flatten(0, 1)
         return self.relative_position_bias_table.t()[:, index].unsqueeze(0)
