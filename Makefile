@@ -18,7 +18,7 @@ DEMO_SEG_DIR := work_dirs/demo-seg$(SUFFIX)
 .DEFAULT_GOAL := help
 
 help:
-	@echo 'make demo      set up, then train, test, visualize and export Mask R-CNN with a small Slide-PVT on generated data'
+	@echo 'make demo      set up, then train, test, visualize and export Cascade Mask R-CNN with a small Slide-PVT on generated data'
 	@echo 'make demo-seg  the same for UperNet with a small Slide-Swin'
 	@echo 'make test      set up, then run all checks and tests'
 	@echo 'make test-all  the same with the exhaustive tests (about an hour)'

@@ -6,6 +6,12 @@ docs/images/demo.png, after `make demo` and once more with a higher threshold fo
         --show-dir pictures --cfg-options default_hooks.visualization.score_thr=0.5
     python docs/scripts/compose_pictures.py pictures docs/images/demo.png 000000000002 000000000007 000000000012 \\
         000000000017 000000000027 000000000029
+
+docs/images/demo-seg.png, after `make demo-seg`:
+
+    python docs/scripts/compose_pictures.py work_dirs/demo-seg/pictures docs/images/demo-seg.png \\
+        test_ADE_val_00000002.jpg_0 test_ADE_val_00000005.jpg_0 test_ADE_val_00000009.jpg_0 \\
+        test_ADE_val_00000012.jpg_0 test_ADE_val_00000016.jpg_0 test_ADE_val_00000021.jpg_0
 """
 
 import argparse
