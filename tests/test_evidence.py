@@ -58,10 +58,10 @@ def test_photographs_have_their_classes_and_no_masks():
     assert [head.num_classes for head in cfg.model.roi_head.bbox_head] == [3, 3]
     assert cfg.model.roi_head.mask_head is None
     assert cfg.train_dataloader.dataset.data_root.endswith('/cells/')
-    for loader in (cfg.train_dataloader, cfg.val_dataloader):
+    for loader, resize in ((cfg.train_dataloader, 'RandomResize'), (cfg.val_dataloader, 'Resize')):
         assert loader.dataset.metainfo.classes == ('RBC', 'WBC', 'Platelets')
         steps = {step.type: step for step in loader.dataset.pipeline}
-        assert steps['Resize'].scale == (256, 192)
+        assert steps[resize].scale == (256, 192)
         assert not steps['LoadAnnotations'].with_mask
     with pytest.raises(ValueError, match='need the folder of BCCD'):
         run_config(Run('bccd', 'PVT', True, 2), 'data/mini', None)
