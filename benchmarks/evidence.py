@@ -1,8 +1,8 @@
 """Trains Slide models and their hosts from scratch on small data, at equal budgets: what `make evidence` runs.
 
-Every model is the detector of `make demo` with another backbone. Each is trained in a process of its own and leaves
-`result.json` in its folder. What is there already is not trained again; an interrupted training goes on. Times and
-memory are measured at the end, both sides in turn in one process, so that trainings may share the machine.
+Every model is the detector of `make demo` with a different backbone. Each is trained in its own process, which writes
+`result.json` to its folder. Finished trainings are not repeated, interrupted ones are resumed. Times and memory are
+measured at the end, both models alternately in one process, so that trainings may share the machine.
 """
 
 import argparse

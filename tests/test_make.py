@@ -1,4 +1,4 @@
-"""The Makefile's stacks, what tools/setup_env.sh says where it cannot go on, and the lists of requirements."""
+"""The Makefile's stacks, the errors of tools/setup_env.sh, and the lists of requirements."""
 
 import os
 import shutil

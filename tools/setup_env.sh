@@ -22,14 +22,14 @@ esac
 say "virtual environment $venv ($("$python" --version)); 4 to 10 minutes the first time, 1 to 3 with a cached mmcv"
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
 pip=("$venv/bin/python" -m pip --disable-pip-version-check --quiet)
-# Python compiles the modules that are imported; compiling all of torch takes as long as unpacking it.
+# Python compiles modules when they are first imported. Compiling all of torch's at installation takes seconds more.
 install=("${pip[@]}" install --no-compile)
 
 say "torch and the build tools"
 "${install[@]}" -c "$requirements" torch numpy setuptools wheel ninja
 
-# OpenMMLab's index has wheels of mmcv for torch up to 2.1. For later ones it is compiled once a user, for each torch (with
-# its CUDA), Python and platform: pip's own cache does not look at torch, and a wheel for another torch does not load.
+# OpenMMLab's index has mmcv wheels for torch up to 2.1. For later versions mmcv is compiled once per user, for each torch
+# (with its CUDA), Python and platform: pip's own cache ignores the torch version, and a wheel for another torch does not load.
 mmcv=$(grep -E '^(onedl-)?mmcv==' "$requirements")
 mapfile -t torch < <("$venv/bin/python" - <<'PY'
 import sys, sysconfig, torch
@@ -44,7 +44,7 @@ key=${torch[0]} index=https://download.openmmlab.com/mmcv/dist/${torch[1]}/index
 wheels="${XDG_CACHE_HOME:-$HOME/.cache}/mmslide/$mmcv-O3-$key"
 cached() { compgen -G "$wheels/*mmcv-*.whl" >/dev/null; }
 
-# Two builds at once: the first one there stays.
+# If two builds run at the same time, the first to finish is kept.
 keep() { mv -T "$1" "$wheels" 2>/dev/null || cached; }
 
 prebuilt() {
@@ -53,8 +53,8 @@ prebuilt() {
         -d "$1" "$mmcv" >/dev/null 2>&1
 }
 
-# Three quarters of the time of each of mmcv's files go into torch's headers. The compiler takes a precompiled header if
-# all flags are the same, else it reads the header itself.
+# Three quarters of the time to compile one of mmcv's files are spent in torch's headers. The compiler uses the precompiled
+# header only if all flags match; otherwise it reads the header itself.
 precompile() {
     local header=$1 torch_flags
     shift
@@ -83,12 +83,11 @@ else
         [ -z "$nvcc_missing" ] || [ "$stack" != classic ] || fail "OpenMMLab's wheel of $mmcv could not be downloaded" \
             "from $index, and without nvcc it cannot be compiled for the GPU. Either check the connection to" \
             "download.openmmlab.com, or install the CUDA toolkit $nvcc_missing. Without the GPU: CUDA_VISIBLE_DEVICES= make ..."
-        [ -z "$nvcc_missing" ] || fail "For the GPU $mmcv is compiled with nvcc, which is not there. Either install the" \
+        [ -z "$nvcc_missing" ] || fail "For the GPU $mmcv is compiled with nvcc, which is not installed. Either install the" \
             "CUDA toolkit $nvcc_missing, or take the stack with prebuilt wheels: make ... STACK=classic" \
             "(torch 2.1.2+cu121, mmcv from download.openmmlab.com). Without the GPU: CUDA_VISIBLE_DEVICES= make ..."
         say "$mmcv with its ops: compiling (3-8 minutes on 2 cores), kept in $wheels"
-        # CFLAGS replaces Python's own flags: without -O3 nothing is optimized. -g0: without debug information the wheel is
-        # small.
+        # CFLAGS replaces Python's own flags, so without -O3 nothing would be optimized. -g0 keeps the wheel small.
         flags='-O3 -DNDEBUG -g0'
         header=$(mktemp -d)
         trap 'rm -rf "$build" "$header"' EXIT
@@ -101,7 +100,7 @@ else
     keep "$build"
 fi
 
-# At the same time, since mmslide compiles its kernels on one core.
+# In parallel, since compiling mmslide's kernels uses only one core.
 say "mmslide itself, editable, and the OpenMMLab packages"
 "${install[@]}" --no-build-isolation --no-deps --editable . &
 mmslide=$!
