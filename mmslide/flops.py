@@ -68,7 +68,8 @@ def count_complexity(cfg: Config, shape: Sequence[int] | None = None) -> Complex
             and 224×224 for a classifier.
 
     Raises:
-        ValueError: the model has no backbone, or no head that runs on feature maps only.
+        ValueError: the model has no backbone, or one of its parts does not run on the previous part's maps alone, for
+            instance because `in_channels` is wrong.
     """
     if 'backbone' not in cfg.get('model', {}):
         raise ValueError(f'only models with a backbone can be counted, got {cfg.get("model", {}).get("type")}')
@@ -87,9 +88,9 @@ def count_complexity(cfg: Config, shape: Sequence[int] | None = None) -> Complex
     def run(name: str, module: nn.Module, x: Tensor | Sequence[Tensor]) -> Any:
         try:
             out, macs = count_macs(module, x)
-        except (TypeError, NotImplementedError) as error:
+        except (TypeError, RuntimeError) as error:
             raise ValueError(
-                f'{type(model).__name__} cannot be counted: its {name} does not run on feature maps only ({error})'
+                f'{type(model).__name__} cannot be counted: its {name} does not run on {_shapes(x)} alone ({error})'
             ) from error
         parts.append(Part(name, macs, _params(module)))
         return out
@@ -151,6 +152,11 @@ def _roi_heads(model: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor]]:
             number = f' {index + 1}' if len(heads) > 1 else ''
             rois = torch.empty(count, extractor.out_channels, *extractor.roi_layers[0].output_size, device='meta')
             yield name + number, head, rois
+
+
+def _shapes(x: Tensor | Sequence[Tensor]) -> str:
+    maps = [x] if isinstance(x, Tensor) else x
+    return f'maps of shape {", ".join(str(tuple(each.shape)) for each in maps)}'
 
 
 def _params(module: nn.Module) -> int:

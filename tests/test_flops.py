@@ -363,15 +363,24 @@ def test_cascade():
     ('model', 'message'),
     [
         (dict(type='TwoHeaded'), 'with a backbone can be counted, got TwoHeaded'),
-        (dict(backbone=dict(type='mmslide.SlidePVT')), 'cannot be counted: its decode head does not run'),
+        (
+            dict(type='CascadeEncoderDecoder', num_stages=1),
+            r'its decode head does not run on maps of shape \(1, 256, 16, 16\), .* alone',
+        ),
+        (
+            dict(type='EncoderDecoder', neck=dict(in_channels=[64, 128, 320, 500])),
+            'its neck does not run on maps of shape .*, .*512.* alone',
+        ),
     ],
 )
 def test_errors(model, message):
     cfg = load('slide_pvt/slide-pvt-t_fpn_8xb4-40k_ade20k-512x512')
-    if 'backbone' in model:
-        # A cascade of heads, each of which wants the output of the one before.
-        model = dict(cfg.model, type='CascadeEncoderDecoder', num_stages=1, decode_head=[cfg.model.decode_head])
-    cfg = Config(dict(default_scope='mmseg', model=model))
+    if model['type'] == 'TwoHeaded':
+        cfg.model = model
+    else:
+        cfg.merge_from_dict(dict(model=model))
+    if 'num_stages' in model:
+        cfg.model.decode_head = [cfg.model.decode_head]  # of several heads, each takes the output of the one before
     with pytest.raises(ValueError, match=message):
         count_complexity(cfg, (64, 64))
 

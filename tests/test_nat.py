@@ -245,6 +245,17 @@ def test_round_trip_from_transformers(prefix):
     assert all(torch.equal(back[key], value) for key, value in state.items())
 
 
+def test_incomplete_weights_name_the_missing_key():
+    state = golden_state('transformers_nat')
+    _, ours = to_mmslide(state)
+    state.pop(next(key for key in state if key.endswith('.self.value.weight')))
+    with pytest.raises(ValueError, match=r'transformers NAT weights are incomplete: .*attn\.value\.weight is missing'):
+        to_mmslide(state)
+    ours.pop(next(key for key in ours if key.endswith('.scale2.weight')))
+    with pytest.raises(ValueError, match=r'mmslide weights are incomplete: .*scale2\.weight is missing'):
+        from_mmslide(ours, 'transformers')
+
+
 @pytest.mark.parametrize('target', ['authors', 'transformers'])
 def test_slide_weights_have_no_place_in_the_hosts_layouts(target):
     message = rf"layout '{target}' does not support Slide Attention.*stages\.0\.blocks\.0\.attn\.deform_weight"

@@ -5,6 +5,8 @@ are kept unchanged, so that the loader can report them.
 """
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from mmslide.checkpoints import StateDict
 
@@ -29,11 +31,12 @@ def to_mmslide(state: StateDict) -> tuple[str, StateDict]:
     """Detects the layout from the keys; returns its name and the state dict in our layout.
 
     Raises:
-        ValueError: no layout has such keys.
+        ValueError: no layout has such keys, or tensors that are joined into one, such as q, k and v, are incomplete.
     """
     for layout in LAYOUTS:
         if _has(state, layout.pattern):
-            return layout.name, layout.to_mmslide(state)
+            with _missing_keys(layout.name):
+                return layout.name, layout.to_mmslide(state)
     raise ValueError(
         f'the checkpoint has none of the layouts {[layout.name for layout in LAYOUTS]}; its {len(state)} keys begin '
         f'with {list(state)[:3]}'
@@ -44,7 +47,7 @@ def from_mmslide(state: StateDict, target: str) -> StateDict:
     """Converts a state dict in our layout to one of `TARGETS`.
 
     Raises:
-        ValueError: the layout is unknown, or does not support these weights.
+        ValueError: the layout is unknown or does not support these weights, or they are incomplete as above.
     """
     if target not in TARGETS:
         raise ValueError(f'weights can be converted to the layouts {TARGETS}, got {target!r}')
@@ -63,8 +66,17 @@ def from_mmslide(state: StateDict, target: str) -> StateDict:
     if convert is None:
         names = ', '.join(family.name for family, _ in known)
         raise ValueError(f'the layout {target!r} exists for {names}, but these weights are of another backbone')
-    return convert(state)
+    with _missing_keys('mmslide'):
+        return convert(state)
 
 
 def _has(state: StateDict, pattern: str) -> bool:
     return any(re.search(pattern, key) for key in state)
+
+
+@contextmanager
+def _missing_keys(layout: str) -> Iterator[None]:
+    try:
+        yield
+    except KeyError as error:
+        raise ValueError(f'the {layout} weights are incomplete: {error.args[0]} is missing') from error
