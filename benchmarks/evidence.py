@@ -28,7 +28,7 @@ from .pairs import model_pair
 
 ROOT = Path(__file__).parents[1]
 DEMO = 'cascade-mask-rcnn_slide-pvt-mini_fpn_mini-coco.py'
-EPOCHS, BCCD_EPOCHS = 3, 36
+EPOCHS, BCCD_EPOCHS = 3, 28
 ARCH = dict(embed_dims=(48, 96, 160, 256), depths=(2, 2, 2, 2), num_heads=(2, 4, 5, 8), mlp_ratios=(4, 4, 4, 4))
 BACKBONES: dict[str, dict] = {
     'PVT': dict(
