@@ -52,9 +52,6 @@ endif
 docs: $(DEVELOP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 
-# On Linux, freed memory is kept for the next iteration: returning it to the system slows training on a CPU down.
-demo demo-seg evidence: export GLIBC_TUNABLES ?= glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=8589934592
-
 # With --resume, an interrupted demo continues, and a finished one is only tested again.
 data/mini: | $(READY)
 	$(BIN)/python tools/make_mini_dataset.py data/mini
