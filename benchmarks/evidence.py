@@ -258,7 +258,8 @@ PAGE = """\
 Slide Attention compared with its host at equal budgets: the detector of `make demo` (Mask R-CNN in a cascade of two),
 from scratch, on the 1600 generated training images, {epochs} epochs. Both models have the same widths, depths, data,
 order of images and schedule; Slide Attention is in the first two stages. They are small: 48 to 256 channels, two blocks
-per stage. The table has the mean ± sample standard deviation over the seeds. Detections of every score count.
+per stage. The table has the mean ± sample standard deviation over the seeds. AP includes all detections with a score of
+at least 0.001.
 
 <!-- not run: trains for hours -->
 ```shell

@@ -156,7 +156,7 @@ def _roi_heads(model: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor]]:
 
 def _shapes(x: Tensor | Sequence[Tensor]) -> str:
     maps = [x] if isinstance(x, Tensor) else x
-    return f'maps of shape {", ".join(str(tuple(each.shape)) for each in maps)}'
+    return f'maps of shape {", ".join(str(tuple(each.shape)) for each in maps if isinstance(each, Tensor))}'
 
 
 def _params(module: nn.Module) -> int:

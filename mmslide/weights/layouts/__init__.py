@@ -31,7 +31,7 @@ def to_mmslide(state: StateDict) -> tuple[str, StateDict]:
     """Detects the layout from the keys; returns its name and the state dict in our layout.
 
     Raises:
-        ValueError: no layout has such keys, or tensors that are joined into one, such as q, k and v, are incomplete.
+        ValueError: no layout has such keys, or one of several tensors to be joined, such as q, k and v, is missing.
     """
     for layout in LAYOUTS:
         if _has(state, layout.pattern):
@@ -47,7 +47,7 @@ def from_mmslide(state: StateDict, target: str) -> StateDict:
     """Converts a state dict in our layout to one of `TARGETS`.
 
     Raises:
-        ValueError: the layout is unknown or does not support these weights, or they are incomplete as above.
+        ValueError: the layout is unknown or does not support these weights, or tensors to be joined are missing.
     """
     if target not in TARGETS:
         raise ValueError(f'weights can be converted to the layouts {TARGETS}, got {target!r}')
