@@ -284,8 +284,9 @@ BCCD_PAGE = """
 ## Photographs
 
 [BCCD](https://github.com/Shenggan/BCCD_Dataset): 364 microscope photographs of blood cells (292 for training, 72 for
-validation) with boxes of three classes, under the MIT license, converted to COCO's format. The same detector without
-its mask head, with more RoIs per image, at 256×192 (0.8 to 1.2 times that in training), {epochs} epochs from scratch.
+validation) with boxes of three classes, under the MIT license, converted to COCO's format. The detector has no mask
+head and more RoIs per image than the demo's, and is trained from scratch for {epochs} epochs at 256×192, resized by 0.8
+to 1.2.
 
 {table}
 """

@@ -206,7 +206,9 @@ class _Classifier(_Model):
         self.inferencer.visualizer = UniversalVisualizer()
 
     def find(self, image: str | np.ndarray) -> Any:
-        return self.inferencer([image], return_datasamples=True)[0]
+        # Calling the inferencer would draw its progress bar inside ours, after which rich can no longer draw any.
+        (batch,) = self.inferencer.preprocess([image])
+        return self.inferencer.forward(batch)[0]
 
     def results(self, sample: Any, score_thr: float) -> Iterator[dict]:
         scores, labels = sample.pred_score.topk(min(TOP, len(sample.pred_score)))

@@ -138,6 +138,15 @@ def test_classes_are_those_of_mmpretrain(photos, tmp_path):
     assert cv2.imread(str(tmp_path / 'out/drawn/a/x.jpg')) is not None
 
 
+def test_a_classifier_has_one_progress_bar(photos, tmp_path, monkeypatch):
+    """mmpretrain's own was left running inside it on slow machines; the next bar then ended in a RecursionError."""
+    base = pytest.importorskip('mmpretrain.apis.base')
+    monkeypatch.setattr(base, 'track', lambda *args, **kwargs: pytest.fail('a second progress bar'))
+    images, results = run(random_model(CLASSIFIER, tmp_path), photos, tmp_path / 'out')
+    assert len(images['images']) == len(photos)
+    assert len(results) == 3 * len(photos)
+
+
 @pytest.mark.parametrize('task', ['detector', 'segmentor'])
 def test_frames_of_a_video(task, tmp_path, request):
     config, checkpoint = request.getfixturevalue(task)
