@@ -257,10 +257,10 @@ PAGE = """\
 # Evidence that it learns
 
 Slide Attention compared with its host at equal budgets: the detector of `make demo` (Mask R-CNN in a cascade of two),
-from scratch, on the 1600 generated training images, {epochs} epochs. Both models have the same widths, depths, data,
-order of images and schedule; Slide Attention is in the first two stages. They are small: 48 to 256 channels, two blocks
-per stage. The table has the mean ± sample standard deviation over the seeds. AP includes all detections with a score of
-at least 0.001.
+trained from scratch for {epochs} epochs on the 1600 generated training images. Both models have the same widths,
+depths, data, order of images and schedule; Slide Attention is in the first two stages. They are small: 48 to 256
+channels, two blocks per stage. The table has the mean ± sample standard deviation over the seeds. AP includes all
+detections with a score of at least 0.001.
 
 <!-- not run: trains for hours -->
 ```shell
@@ -277,9 +277,8 @@ measured in turn with the other model of the pair on {cores} CPU cores.
 
 **What this shows.** Slide Attention trains from scratch to the accuracy above, with the time and memory above, on this
 data. **What it does not show.** Anything about COCO or ImageNet: images are 128 pixels wide and have three classes, and
-the models are small. Nor which model is better after longer training: {epochs} epochs are the steep part of the
-learning curve, where seeds of one model differ a lot. Differences below two standard deviations are noise, and a single
-seed says little.
+the models are small. Nor which model is better after longer training: after {epochs} epochs AP still rises steeply, and
+seeds of one model differ a lot. Differences below two standard deviations are noise, and a single seed says little.
 """
 
 BCCD_PAGE = """

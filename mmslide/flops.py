@@ -156,7 +156,8 @@ def _roi_heads(model: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor]]:
 
 def _shapes(x: Tensor | Sequence[Tensor]) -> str:
     maps = [x] if isinstance(x, Tensor) else x
-    return f'maps of shape {", ".join(str(tuple(each.shape)) for each in maps if isinstance(each, Tensor))}'
+    shapes = [str(tuple(each.shape)) if isinstance(each, Tensor) else type(each).__name__ for each in maps]
+    return f'maps of shape {", ".join(shapes)}'
 
 
 def _params(module: nn.Module) -> int:

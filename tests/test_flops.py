@@ -12,6 +12,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS
 
 from mmslide.flops import complexity_table, count_complexity, count_macs
+from mmslide.models import SlidePVT
 from mmslide.models.attention import (
     CrossShapedWindowAttention,
     LocallyGroupedAttention,
@@ -383,6 +384,13 @@ def test_errors(model, message):
         cfg.model.decode_head = [cfg.model.decode_head]  # of several heads, each takes the output of the one before
     with pytest.raises(ValueError, match=message):
         count_complexity(cfg, (64, 64))
+
+
+def test_outputs_that_are_not_tensors(monkeypatch):
+    forward = SlidePVT.forward
+    monkeypatch.setattr(SlidePVT, 'forward', lambda self, x: [dict(map=y) for y in forward(self, x)])
+    with pytest.raises(ValueError, match='its neck does not run on maps of shape dict, dict, dict, dict alone'):
+        count_complexity(load('slide_pvt/slide-pvt-t_fpn_8xb4-40k_ade20k-512x512'), (64, 64))
 
 
 def test_table_and_tool(capsys, monkeypatch):
